@@ -1,0 +1,119 @@
+# Every target calls the `propensity` command or a tool from .venv; `make` alone lists them.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup setup-dev run test lint format lock image clean system again
+
+BIN := .venv/bin
+PORT ?= 8000
+SHOP := .run/shop/events.parquet
+SPEC := examples/shop.yaml
+
+# The first Python that the lock files have wheels for. Another one: make setup PYTHON=/path/to/python3.12
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done)
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: .venv/.ready ## Build .venv with the `propensity` command, to train and to serve
+
+setup-dev: .venv/.ready-dev ## The same, with what tests and linters need
+
+run: .run/replayed | .run/trained ## From nothing to an answer: simulated shop, model, service on PORT (8000)
+	@PROPENSITY_DATA_DIR=.run/data $(BIN)/propensity serve --port $(PORT) --first-answer
+
+test: .venv/.ready-dev system ## Install what the tests need, then check style and types and run every test
+	@$(MAKE) --no-print-directory lint
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -q
+
+lint: .venv/.ready-dev ## Check style (ruff) and types (mypy, strict)
+	@$(BIN)/ruff format --quiet --check . || { echo "Run 'make format'." >&2; exit 1; }
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy --no-error-summary
+
+format: .venv/.ready-dev ## Format the code and repair what ruff can
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+image: ## Build the serving image with the models in artifacts/
+	docker build --tag propensity .
+
+clean: ## Remove .venv, .run and caches; trained models in artifacts/ stay
+	rm -rf .venv .run build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- make run: each step is done once; a changed spec trains again, lost results are made again ---
+
+again:
+
+$(SHOP): | .venv/.ready
+	@$(BIN)/propensity simulate --out $(@D) --events 200000 --seed 1
+
+.run/trained: $(SHOP) $(SPEC) $(if $(wildcard artifacts/*/aliases.json),,again)
+	@$(BIN)/propensity train --events $(SHOP) --spec $(SPEC) --artifacts artifacts
+	@touch $@
+
+.run/replayed: $(SHOP) $(SPEC) $(if $(wildcard .run/data/*),,again) | .run/trained
+	@PROPENSITY_DATA_DIR=.run/data $(BIN)/propensity replay --events $(SHOP) --spec $(SPEC)
+	@touch $@
+
+# --- make setup: a virtual environment, installed from the lock files ---
+
+# uv takes a third of pip's time; where it cannot be had or is refused its downloads, pip installs the same files.
+define install
+	@index="$${PIP_INDEX_URL:-$$($(BIN)/pip config get global.index-url 2>/dev/null)}"; \
+	{ test -x $(BIN)/uv && UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$$index}" \
+		$(BIN)/uv pip install --quiet --python $(BIN)/python $(1); } || \
+	{ echo "Installing with pip, which takes longer ..."; \
+		$(BIN)/pip install -qq --disable-pip-version-check $(1); }
+endef
+
+.venv/.python: requirements-bootstrap.lock
+	@test -n "$(PYTHON)" || { echo "Python 3.11 to 3.14 is needed and none is on the PATH." \
+		"Install one, or name it: make setup PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@$(PYTHON) -c '$(SUPPORTED)' || { echo "$(PYTHON) is not Python 3.11 to 3.14." \
+		"Name one that is: make setup PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		package=$$($(PYTHON) -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])'); \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+			apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y $$package >/dev/null; \
+		else echo "$(PYTHON) cannot make virtual environments." \
+			"On Debian and Ubuntu: sudo apt-get install $$package" >&2; exit 1; fi; }
+	@echo "Installing into .venv with $$($(PYTHON) --version) ..."
+	@$(PYTHON) -m venv --clear .venv
+	@$(BIN)/pip install -qq --disable-pip-version-check --require-hashes -r $< || \
+		echo "uv cannot be installed here." >&2
+	@touch $@
+
+.venv/.ready: .venv/.python requirements-training.lock pyproject.toml
+	$(call install,--require-hashes -r requirements-training.lock)
+	$(call install,--no-deps --no-build-isolation --editable .)
+	@touch $@
+
+.venv/.ready-dev: .venv/.ready requirements-dev.lock
+	$(call install,--require-hashes -r requirements-dev.lock)
+	@touch $@
+
+COMPILE = @$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest --annotation-style line \
+	--generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
+
+lock: .venv/.python ## Write the lock files from pyproject.toml (UPGRADE=1: with the newest versions)
+	$(COMPILE) pyproject.toml $(if $(UPGRADE),--upgrade) --extra training --group dev -o requirements-dev.lock
+	$(COMPILE) pyproject.toml -c requirements-dev.lock --extra training --group build -o requirements-training.lock
+	$(COMPILE) pyproject.toml -c requirements-dev.lock -o requirements.lock
+	$(COMPILE) --group bootstrap -c requirements-dev.lock $(if $(UPGRADE),--upgrade) -o requirements-bootstrap.lock
+
+system: ## Install redis-server and chromium where they are missing (by apt-get, as root), or say so
+	@missing=""; \
+	command -v redis-server >/dev/null || missing="$$missing redis-server"; \
+	command -v chromium >/dev/null || command -v chromium-browser >/dev/null || \
+		command -v google-chrome >/dev/null || missing="$$missing chromium"; \
+	test -n "$$missing" || exit 0; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "Installing$$missing ..."; apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing >/dev/null && exit 0; \
+	fi; \
+	echo "Missing:$$missing. The tests that need them are skipped; on Debian: sudo apt-get install$$missing" >&2; \
+	test "$$CI" != true
