@@ -1,0 +1,1 @@
+"""The online service: scores visitors from their recent events."""
