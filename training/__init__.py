@@ -1,0 +1,1 @@
+"""The offline side: from raw events to a verified model bundle."""
