@@ -1,0 +1,129 @@
+"""Replay: the history in files, put into the feature cache as the same records that live events leave there."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import tempfile
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from cli.progress import Report
+from service import embedded
+from service.settings import Settings
+from service.store import History, Store
+from training import source, specfile, table
+from training.source import EventLog, Partition
+
+VISITORS_AT_ONCE: Final = 500
+
+
+@dataclass
+class Loaded:
+    """What a replay did: visitors looked at and records that were not there before."""
+
+    visitors: int = 0
+    added: int = 0
+
+
+@contextlib.asynccontextmanager
+async def _store(settings: Settings, history_ms: int) -> AsyncIterator[Store]:
+    """The feature cache that a service with the same settings uses."""
+    with contextlib.ExitStack() as stack:
+        url = settings.redis_url
+        if url is None:
+            server = embedded.start(settings.data_dir)
+            stack.callback(server.close)
+            url = server.url
+        slack_ms = settings.retention_slack_days * 86_400_000
+        store = Store.open(
+            url, namespace=settings.namespace, retention_ms=history_ms + slack_ms, timeout_ms=10_000
+        )
+        try:
+            yield store
+        finally:
+            await store.close()
+
+
+async def replay_events(
+    paths: Sequence[str], spec_path: Path, settings: Settings, max_bad_rows: int, memory_limit: str, report: Report
+) -> Loaded:
+    """Load event files. What an interrupted replay of the same files had finished is skipped."""
+    spec = specfile.load(spec_path)
+    loaded = Loaded()
+    with tempfile.TemporaryDirectory(prefix="propensity-") as workdir:
+        log = source.read(
+            paths,
+            spec,
+            Path(workdir),
+            max_bad_rows=max_bad_rows,
+            memory_limit=memory_limit,
+            on_progress=lambda share: report("Reading events", share),
+        )
+        async with _store(settings, spec.limits.history) as store:
+            mark = _mark(log)
+            done = await store.replayed(mark)
+            for index in range(log.partitions):
+                if index not in done:
+                    await _load(log.partition(index, with_ids=True), store, loaded)
+                    await store.mark_replayed(mark, index)
+                report("Loading visitors", (index + 1) / log.partitions)
+    return loaded
+
+
+async def _load(partition: Partition, store: Store, loaded: Loaded) -> None:
+    ids = partition.visitor_ids or []
+    for first in range(0, len(ids), VISITORS_AT_ONCE):
+        additions: dict[str, History] = {}
+        for place in range(first, min(first + VISITORS_AT_ONCE, len(ids))):
+            begin, end = partition.starts[place], partition.starts[place + 1]
+            trait_begin, trait_end = partition.trait_starts[place], partition.trait_starts[place + 1]
+            additions[ids[place]] = History(
+                partition.records[begin:end].tobytes(), partition.traits[trait_begin:trait_end].tobytes()
+            )
+        await _add(store, additions, loaded)
+
+
+async def _add(store: Store, additions: Mapping[str, History], loaded: Loaded) -> None:
+    loaded.added += await store.append_missing(additions, time.time_ns() // 1_000_000)
+    loaded.visitors += len(additions)
+
+
+async def replay_table(path: str, spec_path: Path, settings: Settings, report: Report) -> Loaded:
+    """Load the traits of a table, one visitor a row."""
+    spec = specfile.load(spec_path)
+    loaded = Loaded()
+    report("Loading visitors", 0)
+    async with _store(settings, spec.limits.history) as store:
+        for chunk in table.Table(path, spec).chunks(labelled=False):
+            for first in range(0, len(chunk.visitor_ids), VISITORS_AT_ONCE):
+                rows = range(first, min(first + VISITORS_AT_ONCE, len(chunk.visitor_ids)))
+                additions = {
+                    chunk.visitor_ids[row]: History(
+                        b"", chunk.traits[chunk.trait_starts[row] : chunk.trait_starts[row + 1]].tobytes()
+                    )
+                    for row in rows
+                }
+                await _add(store, additions, loaded)
+    return loaded
+
+
+def _mark(log: EventLog) -> str:
+    """Names this replay: the same rows, read by the same spec into the same partitions."""
+    parts = (log.summary.fingerprint, log.spec.hash, str(log.partitions), importlib.metadata.version("duckdb"))
+    return hashlib.sha256("/".join(parts).encode()).hexdigest()[:16]
+
+
+async def some_visitor(settings: Settings) -> str | None:
+    """The visitor with the latest event of a few that the feature cache picks at random; None from an empty one."""
+    from service.core import events
+
+    async with _store(settings, 0) as store:
+        ids = await store.sample(50)
+        histories = await store.read(ids)
+    latest = [int(events.from_bytes(known.events)["ts_ms"].max(initial=0)) for known in histories]
+    return max(zip(latest, ids, strict=True))[1] if ids else None

@@ -1,0 +1,153 @@
+"""Commands that make data and models: simulate, train, export, features."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.progress import console, stages
+from service.core.errors import PropensityError
+
+Events = Annotated[
+    list[str],
+    typer.Option("--events", help="Event files: CSV, Parquet or NDJSON (also .gz), a glob or a directory. Repeatable."),
+]
+MoreEvents = Annotated[list[str] | None, typer.Argument(help="More event files.", show_default=False)]
+Spec = Annotated[Path, typer.Option("--spec", help="Feature spec (YAML); see examples/ and docs/feature-spec.md.")]
+MaxBadRows = Annotated[int, typer.Option(min=0, help="Rows without visitor or readable timestamp to put up with.")]
+MemoryLimit = Annotated[str, typer.Option(help="Memory DuckDB may use before it spills to disk, e.g. 1GB.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the offline commands."""
+    for command in (simulate, train, export, features):
+        app.command()(command)
+
+
+def simulate(
+    out: Annotated[Path, typer.Option(help="Directory to write events.parquet (and truth.parquet) to.")],
+    events: Annotated[int, typer.Option(min=100, help="About how many events.")] = 200_000,
+    days: Annotated[int, typer.Option(help="Days of history.")] = 60,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same shop.")] = 0,
+    end: Annotated[str, typer.Option(help="Last moment, ISO 8601; `now` for a shop that is open.")] = "now",
+    format: Annotated[str, typer.Option(help="parquet, ndjson, ndjson.gz, csv or csv.gz.")] = "parquet",  # noqa: A002
+    truth: Annotated[bool, typer.Option(help="Also write the true propensity after every event.")] = False,
+) -> None:
+    """Make up a believable shop: visitors, sessions, carts, purchases, bots, late and duplicate events."""
+    _need("training.simulate")
+    from training import simulate as simulation
+
+    shop = simulation.sized(simulation.Shop(days=days, seed=seed, end=_moment(end)), events)
+    path = out / f"events.{format}"
+    with stages() as report:
+        summary = simulation.simulate(
+            shop,
+            path,
+            out / "truth.parquet" if truth else None,
+            lambda done, total: report("Simulating", done / total),
+        )
+    console.print(
+        f"{summary.rows:,} events of {summary.visitors:,} visitors in {path}: {summary.orders:,} purchases, "
+        f"{summary.bot_events:,} events of bots, {summary.late:,} late, {summary.duplicates:,} twice."
+    )
+
+
+def train(
+    spec: Spec,
+    events: Events = [],  # noqa: B006 - typer reads the default, nobody changes it
+    more: MoreEvents = None,
+    table: Annotated[str | None, typer.Option(help="Instead of events: a file with one row a visitor.")] = None,
+    artifacts: Annotated[Path, typer.Option(help="Where bundles go: MODEL/VERSION/.")] = Path("artifacts"),
+    seed: Annotated[int, typer.Option(help="Seed of sampling, splitting and fitting.")] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of LightGBM (half the cores unless given).")] = None,
+    max_rows: Annotated[int, typer.Option(min=1000, help="Training rows to sample at most.")] = 1_000_000,
+    max_bad_rows: MaxBadRows = 1000,
+    memory_limit: MemoryLimit = "1GB",
+    promote: Annotated[bool, typer.Option(help="Serve this version from now on.")] = True,
+    predictions: Annotated[Path | None, typer.Option(help="Also write the test rows' scores (Parquet).")] = None,
+) -> None:
+    """Train a model from raw events (or a table), calibrate it, judge it and write a bundle with a report."""
+    _need("training.train")
+    from cli.summary import print_trained
+    from training import train as training
+
+    paths = [*events, *(more or [])]
+    if bool(paths) == (table is not None):
+        raise PropensityError("give either --events FILES or --table FILE")
+    options = training.Options(
+        artifacts=artifacts,
+        seed=seed,
+        threads=threads or training.THREADS,
+        max_rows=max_rows,
+        max_bad_rows=max_bad_rows,
+        memory_limit=memory_limit,
+        promote=promote,
+        predictions=predictions,
+    )
+    with stages() as report:
+        if table is not None:
+            trained = training.from_table(table, spec, options, report)
+        else:
+            trained = training.from_events(paths, spec, options, report)
+    print_trained(trained)
+
+
+def export(
+    model: Annotated[Path, typer.Argument(help="LightGBM text model, as booster.save_model writes it.")],
+    out: Annotated[Path, typer.Option(help="Directory for model.onnx and parity.json.")],
+) -> None:
+    """Turn any LightGBM binary booster into ONNX that scores exactly the same; nothing is written unless it does."""
+    _need("training.export")
+    from training import export as exporting
+
+    with stages() as report:
+        result = exporting.export_file(model, out, progress=lambda share: report("Checking every split", share))
+    console.print(f"{out / 'model.onnx'}: {result}")
+
+
+def features(
+    spec: Spec,
+    at: Annotated[Path, typer.Option(help="File with the columns visitor_id and at; also the request's fields.")],
+    out: Annotated[Path, typer.Option(help="File to write, .parquet or .csv.")],
+    events: Events = [],  # noqa: B006 - typer reads the default, nobody changes it
+    more: MoreEvents = None,
+    max_bad_rows: MaxBadRows = 1000,
+    memory_limit: MemoryLimit = "1GB",
+) -> None:
+    """Compute the features of visitors at given moments: what the service would have seen then."""
+    _need("training.point_in_time")
+    from training import point_in_time
+
+    paths = [*events, *(more or [])]
+    if not paths:
+        raise PropensityError("give the event files with --events FILES")
+    with stages() as report:
+        rows = point_in_time.write(
+            paths, spec, at, out, max_bad_rows=max_bad_rows, memory_limit=memory_limit, on_progress=report
+        )
+    console.print(f"{rows:,} rows in {out}")
+
+
+def _moment(text: str) -> datetime.datetime:
+    if text == "now":
+        return datetime.datetime.now(datetime.UTC)
+    try:
+        moment = datetime.datetime.fromisoformat(text)
+    except ValueError:
+        raise PropensityError(f"{text!r} is no moment; write ISO 8601, as 2026-07-01T00:00:00Z, or now") from None
+    return moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)
+
+
+def _need(module: str) -> None:
+    """Raise a clear error where the libraries for training are not installed."""
+    import importlib
+
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise PropensityError(
+            f"{error.name} is not installed; install the training side with pip install 'propensity[training]'"
+        ) from None

@@ -1,0 +1,126 @@
+"""Commands around the running service: serve, replay, score, models."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cli.offline import Events, MaxBadRows, MemoryLimit, MoreEvents, Spec
+from cli.progress import console, stages
+from service.core.errors import PropensityError
+
+
+def register(app: typer.Typer) -> None:
+    """Add the online commands."""
+    for command in (serve, replay, score, models):
+        app.command()(command)
+
+
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on (127.0.0.1 unless set).")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on (8000 unless set).")] = None,
+    artifacts: Annotated[Path | None, typer.Option(help="Directory of bundles (artifacts unless set).")] = None,
+    first_answer: Annotated[bool, typer.Option(help="Show an answer once the service is ready.")] = False,
+) -> None:
+    """Run the scoring service. Every setting: PROPENSITY_* variables, see docs/settings.md."""
+    from service.app import serve as run
+    from service.settings import Settings
+
+    given = {"host": host, "port": port, "artifacts": artifacts}
+    settings = Settings.model_validate({name: value for name, value in given.items() if value is not None})
+    if first_answer:
+        _answer_when_ready(f"http://{settings.host}:{settings.port}")
+    run(settings)
+
+
+def replay(
+    spec: Spec,
+    events: Events = [],  # noqa: B006 - typer reads the default, nobody changes it
+    more: MoreEvents = None,
+    table: Annotated[str | None, typer.Option(help="Instead of events: a table whose columns are traits.")] = None,
+    max_bad_rows: MaxBadRows = 1000,
+    memory_limit: MemoryLimit = "1GB",
+) -> None:
+    """Load history into the feature cache. Resumes where it was cut off; running it twice changes nothing."""
+    from cli import history
+    from service.settings import Settings
+
+    paths = [*events, *(more or [])]
+    if bool(paths) == (table is not None):
+        raise PropensityError("give either --events FILES or --table FILE")
+    with stages() as report:
+        if table is not None:
+            loaded = asyncio.run(history.replay_table(table, spec, Settings(), report))
+        else:
+            loaded = asyncio.run(history.replay_events(paths, spec, Settings(), max_bad_rows, memory_limit, report))
+    console.print(f"{loaded.visitors:,} visitors, {loaded.added:,} records added to the feature cache.")
+
+
+def score(
+    visitors: Annotated[list[str], typer.Argument(help="Ids of visitors.")],
+    url: Annotated[str, typer.Option(help="Where the service runs.")] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(help="Model to ask; needed where several are served.")] = None,
+    context: Annotated[list[str] | None, typer.Option(help="Field of the request, as referrer=ads. Repeatable.")] = None,
+) -> None:
+    """Ask the running service for scores and print its answers, one JSON object a line."""
+    fields = dict(_pair(text) for text in context or [])
+    for visitor in visitors:
+        body = {"visitor_id": visitor, "context": fields, **({"model": model} if model else {})}
+        print(json.dumps(_ask(f"{url}/v1/score", body)))
+
+
+def models(url: Annotated[str, typer.Option(help="Where the service runs.")] = "http://127.0.0.1:8000") -> None:
+    """List the models that the running service has loaded."""
+    print(json.dumps(_ask(f"{url}/v1/models"), indent=2))
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise PropensityError(f"{text!r} is no field; write NAME=VALUE, as referrer=ads")
+    return name, value
+
+
+def _ask(url: str, body: Any = None) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        problem = json.loads(error.read() or b"{}")
+        raise PropensityError(f"{url} answers {error.code}: {problem.get('detail', error.reason)}") from None
+    except (urllib.error.URLError, TimeoutError) as error:
+        reason = getattr(error, "reason", error)
+        raise PropensityError(f"{url} cannot be reached ({reason}); start it with propensity serve") from None
+
+
+def _answer_when_ready(url: str) -> None:
+    """Wait in the background until the service is ready, then show one of its answers."""
+    import threading
+
+    def show() -> None:
+        from cli import history
+        from service.settings import Settings
+
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                with urllib.request.urlopen(f"{url}/readyz", timeout=1):
+                    break
+            except OSError:
+                time.sleep(0.05)
+        visitor = asyncio.run(history.some_visitor(Settings())) or "somebody-new"
+        body = json.dumps({"visitor_id": visitor, "context": {"referrer": "email"}})
+        answer = json.dumps(_ask(f"{url}/v1/score", json.loads(body)), indent=2)
+        print(f"\n$ curl -s {url}/v1/score -H 'Content-Type: application/json' -d '{body}'\n{answer}\n", flush=True)
+        print(f"Documentation: {url}/docs    Metrics: {url}/metrics    Stop with Ctrl-C.", flush=True)
+
+    threading.Thread(target=show, daemon=True).start()

@@ -1,0 +1,41 @@
+"""What training found, as a person wants to read it on a terminal."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from cli.progress import console
+from training.evaluate import Metrics
+from training.train import Trained
+
+
+def print_trained(trained: Trained) -> None:
+    """Metrics beside the baselines, then every warning, then where the bundle is and what to do next."""
+    table = Table(title=f"{trained.bundle.name} {trained.bundle.version} on the last {trained.split.how} split")
+    for heading in ("", "ROC-AUC", "average precision", "log loss", "Brier", "calibration error", "lift, top 10 %"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    judgement = trained.judgement
+    for name, metrics in {"model": judgement.metrics, **judgement.baselines}.items():
+        table.add_row(name, *_cells(metrics))
+    console.print(table)
+    for leak in judgement.leaks:
+        console.print(f"[bold yellow]Leak?[/] {leak.message}", highlight=False)
+    for note in trained.notes:
+        console.print(f"[yellow]Note:[/] {note}")
+    bad = trained.data.get("bad", 0)
+    if bad:
+        console.print(f"[yellow]{bad:,} bad rows were left out[/], for example {'; '.join(trained.data['examples'])}")
+    for name in trained.data.get("missing", ()):
+        console.print(f"[yellow]Note:[/] the files have no {name}; the features that use it are empty")
+    console.print(f"Bundle: {trained.bundle.path}\nReport: {trained.bundle.path / 'report.html'}", soft_wrap=True)
+
+
+def _cells(metrics: Metrics) -> list[str]:
+    return [
+        f"{metrics.roc_auc:.3f}",
+        f"{metrics.average_precision:.3f}",
+        f"{metrics.log_loss:.4f}",
+        f"{metrics.brier:.4f}",
+        f"{metrics.calibration_error:.4f}",
+        f"{metrics.lift[0]:.1f}x",
+    ]

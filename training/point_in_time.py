@@ -1,0 +1,137 @@
+"""Feature values at given moments of the past: what the service would have seen of a visitor then."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import duckdb
+import numpy as np
+import numpy.typing as npt
+import pyarrow
+import pyarrow.parquet
+
+from service.core import events, features
+from service.core.errors import PropensityError
+from service.core.features import Plan
+from service.core.spec import Source
+from training import source, specfile
+from training.dataset import View
+from training.source import EventLog, Partition
+
+_OUTPUTS: Final = {".parquet": "FORMAT parquet", ".csv": "FORMAT csv, HEADER"}
+
+
+def write(
+    events_paths: list[str],
+    spec_path: Path,
+    at: Path,
+    out: Path,
+    *,
+    max_bad_rows: int = 1000,
+    memory_limit: str = "1GB",
+    on_progress: Callable[[str, float], None] = lambda stage, share: None,
+) -> int:
+    """Write `out` (.parquet or .csv): the rows of `at` in their order, each with the features of that moment.
+
+    at: a file with the columns visitor_id and at (epoch s or ms, ISO 8601, or a datetime), and, where the spec has
+    request features, columns of their names. Returns the number of rows. Raises PropensityError.
+    """
+    if out.suffix not in _OUTPUTS:
+        raise PropensityError(f"{out}: cannot write this kind of file; name it .parquet or .csv")
+    spec = specfile.load(spec_path)
+    plan = features.compile(spec)
+    with tempfile.TemporaryDirectory(prefix="propensity-") as workdir:
+        log = source.read(
+            events_paths,
+            spec,
+            Path(workdir),
+            max_bad_rows=max_bad_rows,
+            memory_limit=memory_limit,
+            on_progress=lambda share: on_progress("Reading events", share),
+        )
+        _load_moments(log, at)
+        parts = Path(workdir) / "features"
+        parts.mkdir()
+        total = 0
+        for index in range(log.partitions):
+            table = _features_of(plan, log, index)
+            total += table.num_rows
+            pyarrow.parquet.write_table(table, parts / f"{index}.parquet")
+            on_progress("Computing features", (index + 1) / log.partitions)
+        on_progress("Writing", 0)
+        _write_in_order(log.connection, parts, out)
+    return total
+
+
+def _load_moments(log: EventLog, at: Path) -> None:
+    """Table `asked`: number, visitor_hash, visitor_id, at_ms and request codes of each row, with its partition."""
+    files = source.find_files([str(at)])
+    relation = source.Relation(log.connection, log.spec, Source(), source.reader_of(files[0]) or "csv", files)
+    for name in ("visitor_id", "at"):
+        if name not in relation.types:
+            raise PropensityError(f"{at}: has no column {name}; it has {', '.join(relation.types)}")
+    visitor = source.text_sql(*relation.expression("visitor_id", "visitor_id"))
+    moment = source.timestamp_sql(*relation.expression("at", "at"))
+    columns = [f"{relation.request(kind)} AS r{place}" for place, kind in enumerate(log.spec.requests.values())]
+    log.connection.execute("SET preserve_insertion_order = true")
+    log.connection.execute(
+        f"CREATE TEMP TABLE asked AS SELECT row_number() OVER () AS number, {visitor} AS visitor_id, "
+        f"hash(coalesce({visitor}, '')) AS visitor_hash, {moment} AS at_ms, "
+        f"(hash(coalesce({visitor}, '')) % {log.partitions})::INTEGER AS part "
+        f"{''.join(', ' + column for column in columns)} FROM {relation.scan}"
+    )
+    unreadable = log.connection.execute(
+        "SELECT count(*), min(number) FROM asked WHERE at_ms IS NULL OR visitor_id IS NULL"
+    ).fetchall()[0]
+    if unreadable[0]:
+        raise PropensityError(
+            f"{at}: {unreadable[0]} rows have no visitor_id or no readable at, the first is row {unreadable[1]}; "
+            "write moments as epoch milliseconds or ISO 8601"
+        )
+
+
+def _features_of(plan: Plan, log: EventLog, index: int) -> Any:
+    asked = log.connection.execute("SELECT * FROM asked WHERE part = ? ORDER BY number", [index]).fetchnumpy()
+    request = np.empty((len(asked["number"]), len(plan.spec.requests)), np.float32)
+    for place in range(request.shape[1]):
+        request[:, place] = np.ma.filled(asked[f"r{place}"], np.nan)
+    partition = log.partition(index)
+    matrix = vectors(plan, partition, np.asarray(asked["visitor_hash"]), np.asarray(asked["at_ms"]), request)
+    columns = {"number": asked["number"], "visitor_id": np.asarray(asked["visitor_id"], object), "at": asked["at_ms"]}
+    columns |= dict(zip(plan.spec.names, matrix.T, strict=True))
+    return pyarrow.table({name: pyarrow.array(np.ascontiguousarray(values)) for name, values in columns.items()})
+
+
+def vectors(
+    plan: Plan,
+    partition: Partition,
+    visitor_hash: npt.NDArray[np.uint64],
+    at_ms: npt.NDArray[np.int64],
+    request: npt.NDArray[np.float32],
+) -> npt.NDArray[np.float32]:
+    """float32[n, F] of visitors, known to the partition or not, at moments int64[n]; request: float32[n, R]."""
+    place = np.searchsorted(partition.visitor_hash, visitor_hash)
+    inside = place < len(partition.visitor_hash)
+    known = np.zeros(len(place), np.bool_)
+    known[inside] = partition.visitor_hash[place[inside]] == visitor_hash[inside]
+    out = np.empty((len(place), plan.width), np.float32)
+    if known.any():
+        out[known] = View(partition).vectors(plan, place[known], at_ms[known], request[known])
+    strangers = int((~known).sum())
+    if strangers:
+        nothing = np.empty(0, events.RECORD), np.zeros(strangers + 1, np.int64)
+        out[~known] = features.matrix(plan, *nothing, at_ms[~known], *nothing, request[~known])
+    return out
+
+
+def _write_in_order(connection: duckdb.DuckDBPyConnection, parts: Path, out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    fresh = out.with_name(f".{out.name}.new")
+    connection.execute(
+        f"COPY (SELECT * EXCLUDE (number) FROM read_parquet({source.quoted(f'{parts}/*.parquet')}) ORDER BY number) "
+        f"TO {source.quoted(str(fresh))} ({_OUTPUTS[out.suffix]})"
+    )
+    fresh.replace(out)

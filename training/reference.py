@@ -1,0 +1,45 @@
+"""What the training population looked like: the bins that drift is counted in, and the quantiles of the score."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from service.core.bundle import Bins, Reference
+from service.core.spec import FeatureSpec, Request, Trait
+
+BINS: Final = 10
+QUANTILES: Final = 1001
+
+
+def describe(
+    spec: FeatureSpec, matrix: npt.NDArray[np.float32], scores: npt.NDArray[np.float32]
+) -> Reference:
+    """Reference of feature rows float32[n, F] and of scores float32[m] that the model gave to rows it never saw."""
+    bins = {
+        name: bins_of(matrix[:, column], _category_edges(spec, name)) for column, name in enumerate(spec.names)
+    }
+    quantiles = np.quantile(scores, np.linspace(0, 1, QUANTILES))
+    return Reference(features=bins, score=bins_of(scores), quantiles=tuple(map(float, quantiles)))
+
+
+def bins_of(values: npt.NDArray[np.float32], edges: npt.NDArray[np.float64] | None = None) -> Bins:
+    """Bins of about equal share (edges None), or between given edges; values: float32[n], NaN counted apart."""
+    known = values[~np.isnan(values)].astype(np.float64)
+    if edges is None:
+        inner = np.quantile(known, np.linspace(0, 1, BINS + 1)[1:-1]) if len(known) else np.empty(0)
+        edges = np.unique(inner)
+    counts = np.bincount(np.searchsorted(edges, known, "right"), minlength=len(edges) + 1)
+    shares = np.concatenate(([len(values) - len(known)], counts)) / max(len(values), 1)
+    return Bins(edges=tuple(map(float, edges)), shares=tuple(map(float, shares)))
+
+
+def _category_edges(spec: FeatureSpec, name: str) -> npt.NDArray[np.float64] | None:
+    """Edges half-way between the codes of a feature with categories, so that each has its bin."""
+    feature = spec.features[name]
+    if not isinstance(feature, (Trait, Request)) or feature.categories is None:
+        return None
+    codes = np.unique([*feature.codes.values(), *([] if np.isnan(feature.other) else [feature.other])])
+    return np.asarray((codes[1:] + codes[:-1]) / 2)

@@ -1,0 +1,216 @@
+"""Training from end to end: events or a table in, a verified and versioned bundle out."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from service.core import bundle, features
+from service.core.bundle import Bundle
+from service.core.features import Plan
+from service.core.spec import FeatureSpec
+from training import dataset, evaluate, export, fit, packing, source, specfile, table
+from training.dataset import Dataset, Split
+from training.evaluate import Leak
+from training.fit import Fitted
+from training.packing import Judgement
+
+ALIASES: Final = "aliases.json"
+PRODUCTION: Final = "production"
+
+# One thread a pair of cores: LightGBM's threads wait for each other actively and crawl on a busy machine.
+THREADS: Final = max(1, (os.cpu_count() or 2) // 2)
+
+# Told the stage that begins, then its share done, 0 to 1.
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `propensity train` lets one choose."""
+
+    artifacts: Path = Path("artifacts")
+    seed: int = 0
+    threads: int = THREADS
+    max_rows: int = 1_000_000
+    max_bad_rows: int = 1000
+    memory_limit: str = "1GB"
+    promote: bool = True
+    predictions: Path | None = None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training made."""
+
+    bundle: Bundle
+    judgement: Judgement
+    split: Split
+    rows: int
+    data: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+
+def from_events(
+    events: Sequence[str], spec_path: Path, options: Options, on_progress: Progress = lambda stage, share: None
+) -> Trained:
+    """Train on event files. Raises a PropensityError that says what to mend."""
+    spec = specfile.load(spec_path)
+    plan = features.compile(spec)
+    with tempfile.TemporaryDirectory(prefix="propensity-") as workdir:
+        log = source.read(
+            events,
+            spec,
+            Path(workdir),
+            max_bad_rows=options.max_bad_rows,
+            memory_limit=options.memory_limit,
+            on_progress=lambda share: on_progress("Reading events", share),
+        )
+        rows = dataset.build(
+            log,
+            plan,
+            seed=options.seed,
+            max_rows=options.max_rows,
+            on_progress=lambda done, total: on_progress("Building rows", done / total),
+        )
+    label = plan.spec.label
+    horizon_ms = dataset.horizon_of(label) if label is not None else None
+    split = dataset.split(rows, horizon_ms, options.seed)
+    return _train(rows, split, plan, spec_path, _event_data(log.summary), options, on_progress)
+
+
+def from_table(
+    path: str, spec_path: Path, options: Options, on_progress: Progress = lambda stage, share: None
+) -> Trained:
+    """Train on a table with a label column. Raises a PropensityError that says what to mend."""
+    spec = specfile.load(spec_path)
+    plan = features.compile(spec)
+    on_progress("Reading the table", 0)
+    read = table.Table(path, spec)
+    rows = table.build(read, plan)
+    split = dataset.split(rows, None, options.seed)
+    data = {"files": [file.name for file in read.files], "rows": len(rows), "sha256": bundle.sha256(read.files[0])}
+    return _train(rows, split, plan, spec_path, data, options, on_progress)
+
+
+def _train(
+    rows: Dataset,
+    split: Split,
+    plan: Plan,
+    spec_path: Path,
+    data: Mapping[str, Any],
+    options: Options,
+    on_progress: Progress,
+) -> Trained:
+    spec = plan.spec
+    on_progress("Looking for leaks", 0)
+    leaks = evaluate.leaks(rows.matrix[split.train], spec.names, rows.label[split.train])
+    fitted = fit.fit(
+        rows,
+        split,
+        spec.names,
+        seed=options.seed,
+        threads=options.threads,
+        on_round=lambda done, most: on_progress("Fitting trees", done / most),
+    )
+    on_progress("Judging", 0)
+    judgement = _judge(rows, split, fitted, spec, leaks)
+    with _assembling(options.artifacts / spec.model) as directory:
+        export.write(
+            fitted.booster,
+            directory,
+            feature_names=spec.names,
+            calibration=fitted.calibration,
+            rows=rows.matrix[split.test[:20_000]],
+            progress=lambda share: on_progress("Checking the export", share),
+        )
+        on_progress("Writing the bundle", 0)
+        made = packing.pack(directory, packing.Contents(plan, rows, split, fitted, judgement, spec_path, data))
+        final = options.artifacts / spec.model / made.version
+        shutil.rmtree(final, ignore_errors=True)
+        directory.rename(final)
+    if options.promote:
+        promote(options.artifacts, spec.model, made.version)
+    if options.predictions is not None:
+        _write_predictions(options.predictions, rows, split, fitted)
+    return Trained(bundle.load(final), judgement, split, len(rows), data, split.notes)
+
+
+def _judge(rows: Dataset, split: Split, fitted: Fitted, spec: FeatureSpec, leaks: Sequence[Leak]) -> Judgement:
+    train, test = rows.matrix[split.train], rows.matrix[split.test]
+    label = rows.label[split.train]
+    codes = [column for column, feature in enumerate(spec.features.values()) if getattr(feature, "categories", None)]
+    baselines = {
+        "class prior": evaluate.class_prior(label, len(test)),
+        "logistic regression": evaluate.logistic_regression(train, label, test, codes),
+    }
+    truth, visitor = rows.label[split.test], rows.visitor[split.test].view(np.int64)
+    return Judgement(
+        metrics=evaluate.evaluate(truth, fitted.predict(test), visitor),
+        baselines={name: evaluate.evaluate(truth, scores, visitor) for name, scores in baselines.items()},
+        baseline_probabilities=baselines,
+        leaks=leaks,
+    )
+
+
+@contextlib.contextmanager
+def _assembling(model_directory: Path) -> Iterator[Path]:
+    """A directory beside the versions, so that a finished bundle appears by one rename and a failed one never."""
+    model_directory.mkdir(parents=True, exist_ok=True)
+    directory = Path(tempfile.mkdtemp(prefix=".making-", dir=model_directory))
+    directory.chmod(0o755)
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def promote(artifacts: Path, model: str, version: str) -> None:
+    """Make `version` the one that is served when a request names no other."""
+    path = artifacts / model / ALIASES
+    aliases = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    fresh = path.with_suffix(".new")
+    fresh.write_text(json.dumps({**aliases, PRODUCTION: version}) + "\n", encoding="utf-8")
+    fresh.replace(path)
+
+
+def _write_predictions(path: Path, rows: Dataset, split: Split, fitted: Fitted) -> None:
+    """Parquet of the rows of the last split: visitor_hash, cutoff_ms, label, propensity."""
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = {
+        "visitor_hash": rows.visitor[split.test],
+        "cutoff_ms": rows.cutoff_ms[split.test],
+        "label": rows.label[split.test],
+        "propensity": fitted.predict(rows.matrix[split.test]),
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+
+
+def _event_data(summary: source.Summary) -> dict[str, Any]:
+    return {
+        "files": list(summary.files),
+        "fingerprint": summary.fingerprint,
+        "rows": summary.rows,
+        "events": summary.events,
+        "ignored": summary.ignored,
+        "bad": summary.bad,
+        "visitors": summary.visitors,
+        "from": _iso(summary.first_ms),
+        "to": _iso(summary.last_ms),
+    }
+
+
+def _iso(ms: int) -> str:
+    return datetime.datetime.fromtimestamp(ms / 1000, datetime.UTC).isoformat(timespec="seconds")
