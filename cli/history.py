@@ -40,9 +40,7 @@ async def _store(settings: Settings, history_ms: int) -> AsyncIterator[Store]:
             stack.callback(server.close)
             url = server.url
         slack_ms = settings.retention_slack_days * 86_400_000
-        store = Store.open(
-            url, namespace=settings.namespace, retention_ms=history_ms + slack_ms, timeout_ms=10_000
-        )
+        store = Store.open(url, namespace=settings.namespace, retention_ms=history_ms + slack_ms, timeout_ms=10_000)
         try:
             yield store
         finally:

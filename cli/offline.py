@@ -62,7 +62,9 @@ def train(
     table: Annotated[str | None, typer.Option(help="Instead of events: a file with one row a visitor.")] = None,
     artifacts: Annotated[Path, typer.Option(help="Where bundles go: MODEL/VERSION/.")] = Path("artifacts"),
     seed: Annotated[int, typer.Option(help="Seed of sampling, splitting and fitting.")] = 0,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of LightGBM (half the cores unless given).")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of LightGBM (half the cores unless given).")
+    ] = None,
     max_rows: Annotated[int, typer.Option(min=1000, help="Training rows to sample at most.")] = 1_000_000,
     max_bad_rows: MaxBadRows = 1000,
     memory_limit: MemoryLimit = "1GB",

@@ -67,7 +67,9 @@ def score(
     visitors: Annotated[list[str], typer.Argument(help="Ids of visitors.")],
     url: Annotated[str, typer.Option(help="Where the service runs.")] = "http://127.0.0.1:8000",
     model: Annotated[str | None, typer.Option(help="Model to ask; needed where several are served.")] = None,
-    context: Annotated[list[str] | None, typer.Option(help="Field of the request, as referrer=ads. Repeatable.")] = None,
+    context: Annotated[
+        list[str] | None, typer.Option(help="Field of the request, as referrer=ads. Repeatable.")
+    ] = None,
 ) -> None:
     """Ask the running service for scores and print its answers, one JSON object a line."""
     fields = dict(_pair(text) for text in context or [])

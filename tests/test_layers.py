@@ -179,9 +179,7 @@ def test_a_tree_that_keeps_the_rules_passes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("path", "text", "rule"), FORBIDDEN)
-def test_an_import_that_breaks_a_rule_is_named_with_its_line(
-    tmp_path: Path, path: str, text: str, rule: str
-) -> None:
+def test_an_import_that_breaks_a_rule_is_named_with_its_line(tmp_path: Path, path: str, text: str, rule: str) -> None:
     write_tree(tmp_path, {**ALLOWED, path: "import json\n" + text})
     (found,) = [line for line in violations(tmp_path, training_libraries()) if rule in line]
     line = 2 + text[: text.rindex("import")].count("\n")

@@ -85,9 +85,7 @@ def make(
     *arguments: str, cwd: Path = ROOT, path: str | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run make as from a fresh shell: without the flags of a make that may run these tests."""
-    kept = {
-        name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "CI"))
-    }
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "CI"))}
     return subprocess.run(
         [MAKE, *arguments],
         cwd=cwd,
@@ -125,9 +123,7 @@ def test_every_locked_package_has_one_version_and_its_hashes(lock: str) -> None:
 @pytest.mark.parametrize("lock", LOCKS)
 def test_lock_files_name_no_index_and_no_place_on_a_machine(lock: str) -> None:
     text = (ROOT / lock).read_text("utf-8")
-    assert not re.search(
-        r"https?:|file:|git\+|(?m:^\s*-)(?!-hash=)|--(extra-)?index-url|--find-links| @ |/", text
-    )
+    assert not re.search(r"https?:|file:|git\+|(?m:^\s*-)(?!-hash=)|--(extra-)?index-url|--find-links| @ |/", text)
 
 
 @pytest.mark.parametrize("lock", LOCKS)
@@ -152,9 +148,7 @@ def test_each_lock_file_holds_what_the_one_before_it_holds() -> None:
         ("requirements-bootstrap.lock", None, "bootstrap"),
     ],
 )
-def test_every_declared_dependency_is_locked_within_its_bounds(
-    lock: str, extra: str | None, group: str | None
-) -> None:
+def test_every_declared_dependency_is_locked_within_its_bounds(lock: str, extra: str | None, group: str | None) -> None:
     locked = pins(lock)
     for requirement in declared(extra, group):
         name = canonicalize_name(requirement.name)
@@ -189,9 +183,7 @@ def test_a_place_on_someones_machine_is_recognised(text: str) -> None:
     assert HOME.search(text)
 
 
-@pytest.mark.parametrize(
-    "text", ["https://x.org/home/page", "network/work/x", "a/root/b", "/opt/propensity/bin"]
-)
+@pytest.mark.parametrize("text", ["https://x.org/home/page", "network/work/x", "a/root/b", "/opt/propensity/bin"])
 def test_a_path_inside_something_else_is_not_taken_for_one(text: str) -> None:
     assert not HOME.search(text)
 

@@ -84,7 +84,12 @@ def pack(directory: Path, contents: Contents) -> Manifest:
         "dtype": "float32",
         "segments": cuts,
         "calibration": asdict(fitted.calibration),
-        "data": {**contents.data, "training_rows": len(rows), "split": split.how},
+        "data": {
+            **contents.data,
+            "training_rows": len(rows),
+            "split": split.how,
+            "leaks": [leak.feature for leak in contents.judgement.leaks],
+        },
         "metrics": {
             "model": asdict(contents.judgement.metrics),
             **{name: asdict(metrics) for name, metrics in contents.judgement.baselines.items()},
@@ -101,8 +106,8 @@ def _write_json(path: Path, content: Any) -> None:
 def _golden(rows: Sequence[GoldenRow], plan: Plan, fitted: Fitted) -> list[Golden]:
     cases = [
         Golden(
-            records=base64.b64encode(row.records.tobytes()).decode(),
-            traits=base64.b64encode(row.traits.tobytes()).decode(),
+            records=base64.b64encode(row.records.tobytes()),
+            traits=base64.b64encode(row.traits.tobytes()),
             request=_context(plan, row.request),
             now_ms=row.now_ms,
             vector=(0.0,),
@@ -112,9 +117,10 @@ def _golden(rows: Sequence[GoldenRow], plan: Plan, fitted: Fitted) -> list[Golde
     ]
     vectors = bundle.golden_vectors(plan, cases)
     scores = fitted.predict(vectors)
+    plain = [tuple(None if math.isnan(x) else float(x) for x in vector) for vector in vectors]
     return [
-        case.model_copy(update={"vector": tuple(None if math.isnan(x) else float(x) for x in vector), "score": float(s)})
-        for case, vector, s in zip(cases, vectors, scores, strict=True)
+        case.model_copy(update={"vector": vector, "score": float(score)})
+        for case, vector, score in zip(cases, plain, scores, strict=True)
     ]
 
 

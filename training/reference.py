@@ -14,13 +14,9 @@ BINS: Final = 10
 QUANTILES: Final = 1001
 
 
-def describe(
-    spec: FeatureSpec, matrix: npt.NDArray[np.float32], scores: npt.NDArray[np.float32]
-) -> Reference:
+def describe(spec: FeatureSpec, matrix: npt.NDArray[np.float32], scores: npt.NDArray[np.float32]) -> Reference:
     """Reference of feature rows float32[n, F] and of scores float32[m] that the model gave to rows it never saw."""
-    bins = {
-        name: bins_of(matrix[:, column], _category_edges(spec, name)) for column, name in enumerate(spec.names)
-    }
+    bins = {name: bins_of(matrix[:, column], _category_edges(spec, name)) for column, name in enumerate(spec.names)}
     quantiles = np.quantile(scores, np.linspace(0, 1, QUANTILES))
     return Reference(features=bins, score=bins_of(scores), quantiles=tuple(map(float, quantiles)))
 

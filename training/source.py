@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,13 @@ _READERS: Final = {
     ".json": "json",
 }
 # Bytes of input a partition should hold: about a million events each.
-_PARTITION_BYTES: Final = {"csv": 100 << 20, "csv.gz": 20 << 20, "parquet": 25 << 20, "json": 250 << 20, "json.gz": 25 << 20}
+_PARTITION_BYTES: Final = {
+    "csv": 100 << 20,
+    "csv.gz": 20 << 20,
+    "parquet": 25 << 20,
+    "json": 250 << 20,
+    "json.gz": 25 << 20,
+}
 _MAX_PARTITIONS: Final = 256
 _SNIFFED_ROWS: Final = 200_000
 # A line that does not fit the columns' types is kept in a table of its own, to be counted and shown.
@@ -232,7 +239,7 @@ class Relation:
         self.scan = self._scan(reader)
         self.types: dict[str, str] = self._describe(self.scan)
         # Expressions are tried on an empty table of the same columns: files are sniffed once, not once a field.
-        self.shape = f"shape_{id(self)}"
+        self.shape = f"shape_{uuid.uuid4().hex}"
         columns = ", ".join(f"{_identifier(name)} {kind}" for name, kind in self.types.items())
         connection.execute(f"CREATE TEMP TABLE {self.shape} ({columns})")
 
@@ -410,7 +417,7 @@ class Relation:
     def _message_id(self) -> str:
         if self.source.message_id is not None:
             return text_sql(*self.expression(self.source.message_id, "source.message_id"))
-        return 'nullif("messageId"::VARCHAR, \'\')' if "messageId" in self.types else "NULL::VARCHAR"
+        return "nullif(\"messageId\"::VARCHAR, '')" if "messageId" in self.types else "NULL::VARCHAR"
 
     def _by_kind(self, part: str) -> str:
         """SQL for the attribute's text or the value's number, which each kind of event keeps in its own property."""
@@ -497,9 +504,7 @@ def _partition_count(files: Sequence[Path]) -> int:
     return min(max(1, round(share + 0.5)), _MAX_PARTITIONS)
 
 
-def _run(
-    connection: duckdb.DuckDBPyConnection, sql: str, files: Sequence[Path], on_progress: Progress | None
-) -> None:
+def _run(connection: duckdb.DuckDBPyConnection, sql: str, files: Sequence[Path], on_progress: Progress | None) -> None:
     done = threading.Event()
 
     def report() -> None:

@@ -52,8 +52,12 @@ class Table:
         """The rows in order, CHUNK_ROWS at a time; without `labelled` the label column need not exist."""
         keys = source.trait_keys(self.spec)
         columns = [f"{self._visitor()} AS visitor", f"{self._timestamp()} AS now_ms"]
-        columns += [f"{self.relation.trait(key, is_text)} AS t{place}" for place, (key, is_text) in enumerate(keys.items())]
-        columns += [f"{self.relation.request(kind)} AS r{place}" for place, kind in enumerate(self.spec.requests.values())]
+        columns += [
+            f"{self.relation.trait(key, is_text)} AS t{place}" for place, (key, is_text) in enumerate(keys.items())
+        ]
+        columns += [
+            f"{self.relation.request(kind)} AS r{place}" for place, kind in enumerate(self.spec.requests.values())
+        ]
         columns += [f"{self._label() if labelled else 'NULL'} AS label"]
         where = f"WHERE {self.mapping.where}" if self.mapping.where else ""
         self.connection.execute("SET preserve_insertion_order = true")
@@ -82,7 +86,9 @@ class Table:
             request[:, place] = loaded[f"r{place}"].astype(np.float32)
         starts = np.concatenate(([0], np.cumsum(known.sum(axis=1))))
         label = loaded["label"] == True  # noqa: E712 - an object array where NULL stands for no label
-        return Chunk(tuple(map(str, loaded["visitor"])), made[known], starts, request, np.asarray(label, np.bool_), now_ms)
+        return Chunk(
+            tuple(map(str, loaded["visitor"])), made[known], starts, request, np.asarray(label, np.bool_), now_ms
+        )
 
     def _visitor(self) -> str:
         if self.mapping.visitor_id is None:
@@ -111,9 +117,7 @@ def build(table: Table, plan: Plan) -> Dataset:
     for chunk in table.chunks(labelled=True):
         rows = len(chunk.label)
         nothing = np.empty(0, events.RECORD), np.zeros(rows + 1, np.int64)
-        matrices.append(
-            features.matrix(plan, *nothing, chunk.now_ms, chunk.traits, chunk.trait_starts, chunk.request)
-        )
+        matrices.append(features.matrix(plan, *nothing, chunk.now_ms, chunk.traits, chunk.trait_starts, chunk.request))
         labels.append(chunk.label)
         times.append(chunk.now_ms)
         golden += list(_golden(chunk))[: GOLDEN_CASES - len(golden)]

@@ -18,7 +18,7 @@ import numpy as np
 from service.core import bundle, features
 from service.core.bundle import Bundle
 from service.core.features import Plan
-from service.core.spec import FeatureSpec
+from service.core.spec import Count, FeatureSpec, Recency, Sum
 from training import dataset, evaluate, export, fit, packing, source, specfile, table
 from training.dataset import Dataset, Split
 from training.evaluate import Leak
@@ -121,6 +121,7 @@ def _train(
         spec.names,
         seed=options.seed,
         threads=options.threads,
+        parameters=spec.fit.model_dump(exclude_none=True),
         on_round=lambda done, most: on_progress("Fitting trees", done / most),
     )
     on_progress("Judging", 0)
@@ -154,6 +155,9 @@ def _judge(rows: Dataset, split: Split, fitted: Fitted, spec: FeatureSpec, leaks
         "class prior": evaluate.class_prior(label, len(test)),
         "logistic regression": evaluate.logistic_regression(train, label, test, codes),
     }
+    rfm = _recency_frequency_monetary(spec)
+    if rfm is not None:
+        baselines["recency, frequency, monetary"] = evaluate.logistic_regression(train[:, rfm], label, test[:, rfm])
     truth, visitor = rows.label[split.test], rows.visitor[split.test].view(np.int64)
     return Judgement(
         metrics=evaluate.evaluate(truth, fitted.predict(test), visitor),
@@ -161,6 +165,22 @@ def _judge(rows: Dataset, split: Split, fitted: Fitted, spec: FeatureSpec, leaks
         baseline_probabilities=baselines,
         leaks=leaks,
     )
+
+
+def _recency_frequency_monetary(spec: FeatureSpec) -> list[int] | None:
+    """Columns of the marketer's classic: recency, count and sum of the label's event; None where one is lacking."""
+    event = spec.label.event if spec.label is not None else None
+    columns = []
+    for kind in (Recency, Count, Sum):
+        found = [
+            (feature.window or spec.limits.history, column)
+            for column, feature in enumerate(spec.features.values())
+            if isinstance(feature, kind) and feature.kinds == (event,) and feature.window != "session"
+        ]
+        if not found:
+            return None
+        columns.append(max(found)[1])
+    return columns
 
 
 @contextlib.contextmanager
@@ -207,6 +227,8 @@ def _event_data(summary: source.Summary) -> dict[str, Any]:
         "ignored": summary.ignored,
         "bad": summary.bad,
         "visitors": summary.visitors,
+        "examples": list(summary.examples),
+        "missing": list(summary.missing_properties),
         "from": _iso(summary.first_ms),
         "to": _iso(summary.last_ms),
     }

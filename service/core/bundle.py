@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import base64
+import bisect
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Annotated, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Base64Bytes, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from service.core import events, features, segments
 from service.core.errors import PropensityError
 from service.core.features import Plan
+from service.core.segments import SEGMENTS
 from service.core.spec import FeatureSpec, InvalidSpec, parse, problems
 
 MANIFEST: Final = "manifest.json"
@@ -25,8 +27,6 @@ FORMAT: Final = 1
 REQUIRED: Final = ("model.onnx", "features.yaml", "reference.json", "golden.json")
 VECTOR_TOLERANCE: Final = 1e-6
 SCORE_TOLERANCE: Final = 1e-5
-
-_Shape = TypeVar("_Shape", bound=BaseModel)
 
 
 class InvalidBundle(PropensityError):
@@ -66,6 +66,12 @@ class Bins(_Model):
     edges: tuple[float, ...]
     shares: tuple[float, ...]
 
+    @model_validator(mode="after")
+    def _sound(self) -> Bins:
+        if len(self.shares) != len(self.edges) + 2 or not np.all(np.diff(self.edges) > 0):
+            raise ValueError("edges must ascend, and shares be two more than edges")
+        return self
+
 
 class Reference(_Model):
     """`reference.json`: what the training population looked like."""
@@ -74,14 +80,20 @@ class Reference(_Model):
     score: Bins
     quantiles: tuple[float, ...]
 
+    @model_validator(mode="after")
+    def _sound(self) -> Reference:
+        if len(self.quantiles) < 2 or not np.all(np.diff(self.quantiles) >= 0):
+            raise ValueError("quantiles must be two or more ascending scores")
+        return self
+
 
 class Golden(_Model):
     """One case of `golden.json`: records in base64, the request and the moment, and what they must give."""
 
-    records: str
-    traits: str
+    records: Base64Bytes
+    traits: Base64Bytes
     request: dict[str, Any]
-    now_ms: int
+    now_ms: Annotated[int, Field(ge=0, lt=2**53)]
     vector: tuple[float | None, ...]
     score: float
 
@@ -117,12 +129,20 @@ class Bundle:
     def percentile(self, score: float) -> float:
         """Percent of the training population, 0 ... 100, that scored below."""
         quantiles = self.reference.quantiles
-        below = float(np.searchsorted(quantiles, score, "left")) / max(len(quantiles) - 1, 1)
-        return round(100 * min(below, 1.0), 1)
+        above = bisect.bisect_left(quantiles, score)
+        if above == 0 or above == len(quantiles):
+            return 100.0 if above else 0.0
+        low, high = quantiles[above - 1], quantiles[above]
+        return round(100 * (above - 1 + (score - low) / (high - low)) / (len(quantiles) - 1), 1)
 
     def segment(self, score: float) -> str:
         """The segment of a score, by the cut-offs of the manifest."""
-        return segments.assign(score, tuple(self.manifest.segments.values()))
+        return segments.assign(score, self.cutoffs)
+
+    @cached_property
+    def cutoffs(self) -> tuple[float, ...]:
+        """Lowest score of each segment but the last, best first."""
+        return tuple(self.manifest.segments[name] for name in SEGMENTS[:-1])
 
 
 def sha256(path: Path) -> str:
@@ -134,7 +154,7 @@ def sha256(path: Path) -> str:
 def seal(directory: Path, manifest: Mapping[str, Any]) -> Manifest:
     """Write `manifest.json` over the files now in `directory`; nothing may change in it afterwards."""
     files = {path.name: sha256(path) for path in sorted(directory.iterdir()) if path.name != MANIFEST}
-    body = {"format": FORMAT, **manifest, "files": files}
+    body = json.loads(json.dumps({"format": FORMAT, **manifest, "files": files}, allow_nan=False))
     made = Manifest.model_validate({**body, "seal": _digest(body)})
     text = json.dumps({**body, "seal": made.seal}, indent=2, allow_nan=False)
     (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
@@ -155,6 +175,8 @@ def load(directory: Path) -> Bundle:
     _verify_files(directory, manifest)
     spec = _verify_spec(manifest, directory)
     reference = _read(Reference, directory / "reference.json")
+    if set(reference.features) != set(spec.names):
+        raise InvalidBundle(f"{directory / 'reference.json'}: describes other features than the spec's; train again")
     bundle = Bundle(directory, manifest, spec, features.compile(spec), reference, _session(directory))
     _verify_shape(bundle)
     _verify_golden(bundle)
@@ -163,23 +185,32 @@ def load(directory: Path) -> Bundle:
 
 def _read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST
-    manifest = _read(Manifest, path)
+    manifest: Manifest = _read(Manifest, path)
     if manifest.format != FORMAT:
         raise InvalidBundle(f"{path}: format {manifest.format} is not {FORMAT}; train again with this version")
-    if _digest(json.loads(path.read_text(encoding="utf-8"))) != manifest.seal:
+    try:
+        digest = _digest(json.loads(path.read_bytes()))
+    except (ValueError, RecursionError):
+        digest = ""
+    if digest != manifest.seal:
         raise InvalidBundle(f"{path}: was edited after it was sealed; restore it or train again")
     return manifest
 
 
-def _read(shape: type[_Shape], path: Path) -> _Shape:
+def _read(shape: Any, path: Path) -> Any:
+    """The JSON of a file as a pydantic model or type."""
     try:
-        return shape.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        raise InvalidBundle(f"{path}: is missing; point at a directory that `propensity train` wrote") from None
+        return TypeAdapter(shape).validate_json(path.read_bytes())
     except ValidationError as error:
         place, text = problems(error)[0]
         raise InvalidBundle(
             f"{path}: {'.'.join(place) or 'the file'}: {text}; the file is damaged, restore it"
+        ) from None
+    except FileNotFoundError:
+        raise InvalidBundle(f"{path}: is missing; point at a directory that `propensity train` wrote") from None
+    except OSError as error:
+        raise InvalidBundle(
+            f"{path}: cannot be read ({error.strerror}); point at a directory that `propensity train` wrote"
         ) from None
 
 
@@ -189,24 +220,30 @@ def _verify_files(directory: Path, manifest: Manifest) -> None:
             raise InvalidBundle(f"{directory}: the manifest lists no {name}; train again")
     for name, digest in manifest.files.items():
         path = directory / name
-        if not path.is_file():
+        if Path(name).name != name or not path.is_file():
             raise InvalidBundle(f"{path}: is missing; restore it or train again")
         if sha256(path) != digest:
             raise InvalidBundle(f"{path}: differs from its sha256 in the manifest (truncated or edited); restore it")
 
 
 def _verify_spec(manifest: Manifest, directory: Path) -> FeatureSpec:
+    path = directory / MANIFEST
     try:
         spec = parse(manifest.spec)
     except InvalidSpec as error:
-        raise InvalidBundle(f"{directory / MANIFEST}: spec: {error}") from None
+        raise InvalidBundle(f"{path}: spec: {error}") from None
     if spec.hash != manifest.spec_hash:
         raise InvalidBundle(
-            f"{directory / MANIFEST}: the spec's hash {spec.hash[:12]} is not the one the model was trained with, "
+            f"{path}: the spec's hash {spec.hash[:12]} is not the one the model was trained with, "
             f"{manifest.spec_hash[:12]}; serve the spec it was trained with or train again"
         )
     if spec.names != manifest.names:
-        raise InvalidBundle(f"{directory / MANIFEST}: feature names differ from the spec's; train again")
+        raise InvalidBundle(f"{path}: feature names differ from the spec's; train again")
+    if spec.model != manifest.model:
+        raise InvalidBundle(f"{path}: is of {manifest.model!r}, its spec of {spec.model!r}; train again")
+    cuts = [manifest.segments.get(name, np.nan) for name in SEGMENTS[:-1]]
+    if len(manifest.segments) != len(cuts) or not np.all(np.diff(cuts) <= 0):
+        raise InvalidBundle(f"{path}: segments: needs falling cut-offs of {', '.join(SEGMENTS[:-1])}; train again")
     return spec
 
 
@@ -215,7 +252,7 @@ def _session(directory: Path) -> ort.InferenceSession:
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 3
+    options.log_severity_level = 4
     path = directory / "model.onnx"
     try:
         return ort.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
@@ -224,20 +261,21 @@ def _session(directory: Path) -> ort.InferenceSession:
 
 
 def _verify_shape(bundle: Bundle) -> None:
-    wanted = ("features", "tensor(float)", bundle.plan.width)
-    inputs = [(node.name, node.type, node.shape[-1]) for node in bundle.session.get_inputs()]
+    inputs = [(node.name, node.type, node.shape) for node in bundle.session.get_inputs()]
     outputs = [(node.name, node.type) for node in bundle.session.get_outputs()]
-    if inputs != [wanted] or outputs != [("propensity", "tensor(float)")]:
+    fits = len(inputs) == 1 and inputs[0][:2] == ("features", "tensor(float)") and len(inputs[0][2]) == 2
+    fits = fits and not isinstance(inputs[0][2][0], int) and inputs[0][2][1] == bundle.plan.width
+    if not fits or outputs != [("propensity", "tensor(float)")]:
         raise InvalidBundle(
-            f"{bundle.path / 'model.onnx'}: takes {inputs} and gives {outputs}; "
-            f"the spec needs {wanted} and ('propensity', 'tensor(float)'); export it again"
+            f"{bundle.path / 'model.onnx'}: takes {inputs} and gives {outputs}; the spec needs features float32 "
+            f"[n, {bundle.plan.width}] and propensity float32 [n]; export it again"
         )
 
 
-def golden_cases(bundle_path: Path) -> list[Golden]:
+def golden_cases(directory: Path) -> list[Golden]:
     """The cases of `golden.json`."""
-    cases = json.loads((bundle_path / "golden.json").read_text(encoding="utf-8"))
-    return [Golden.model_validate(case) for case in cases]
+    cases: list[Golden] = _read(list[Golden], directory / "golden.json")
+    return cases
 
 
 def golden_vectors(plan: Plan, cases: Sequence[Golden]) -> npt.NDArray[np.float32]:
@@ -251,29 +289,34 @@ def golden_vectors(plan: Plan, cases: Sequence[Golden]) -> npt.NDArray[np.float3
     )
 
 
-def _joined(blobs: Sequence[str]) -> tuple[events.Records, npt.NDArray[np.int64]]:
-    parts = [events.from_bytes(base64.b64decode(blob)) for blob in blobs]
-    starts = np.cumsum([0, *(len(part) for part in parts)])
-    return np.concatenate(parts), starts
+def _joined(blobs: Sequence[bytes]) -> tuple[events.Records, npt.NDArray[np.int64]]:
+    parts = [events.from_bytes(blob) for blob in blobs]
+    return np.concatenate(parts), np.cumsum([0, *map(len, parts)])
 
 
 def _verify_golden(bundle: Bundle) -> None:
     path = bundle.path / "golden.json"
-    try:
-        cases = golden_cases(bundle.path)
-    except (ValueError, TypeError) as error:
-        raise InvalidBundle(f"{path}: {error}") from None
+    cases = golden_cases(bundle.path)
     if not cases:
         raise InvalidBundle(f"{path}: holds no case; train again")
+    if any(len(case.vector) != bundle.plan.width for case in cases):
+        raise InvalidBundle(f"{path}: has vectors of another length than the spec's; train again")
     stored = np.array([case.vector for case in cases], np.float32)
     computed = golden_vectors(bundle.plan, cases)
-    if not np.allclose(computed, stored, rtol=VECTOR_TOLERANCE, atol=0, equal_nan=True):
-        wrong = np.argwhere(~np.isclose(computed, stored, rtol=VECTOR_TOLERANCE, atol=0, equal_nan=True))[0]
+    wrong = np.argwhere(~np.isclose(computed, stored, rtol=VECTOR_TOLERANCE, atol=0, equal_nan=True))
+    if len(wrong):
+        case, column = wrong[0]
         raise InvalidBundle(
-            f"{path}: case {wrong[0]}: feature {bundle.spec.names[wrong[1]]!r} is {computed[tuple(wrong)]}, "
-            f"was {stored[tuple(wrong)]} in training; serve with the version of the library that trained it"
+            f"{path}: case {case}: feature {bundle.spec.names[column]!r} is {computed[case, column]}, "
+            f"was {stored[case, column]} in training; serve with the version of the library that trained it"
         )
-    scores, wanted = bundle.predict(stored), np.array([case.score for case in cases])
+    try:
+        scores = bundle.predict(stored)
+    except Exception as error:  # as in _session
+        raise InvalidBundle(f"{bundle.path / 'model.onnx'}: fails when it runs ({error}); export it again") from error
+    wanted = np.array([case.score for case in cases])
+    if scores.shape != wanted.shape:
+        raise InvalidBundle(f"{bundle.path / 'model.onnx'}: gives {scores.shape}, not one score a row; export it again")
     if not np.all(np.abs(scores - wanted) <= SCORE_TOLERANCE):
-        worst = int(np.argmax(np.abs(scores - wanted)))
+        worst = int(np.argmax(~(np.abs(scores - wanted) <= SCORE_TOLERANCE)))
         raise InvalidBundle(f"{path}: case {worst}: scores {scores[worst]}, was {wanted[worst]}; export it again")

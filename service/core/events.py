@@ -40,6 +40,7 @@ _SEAL: Final = 0x5CE7
 _MASK64: Final = (1 << 64) - 1
 _NAN: Final = float("nan")
 FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
+FLOAT32_END: Final = FLOAT32_MAX + 2.0**103  # the least number that float32 rounds to infinity
 
 
 def hash32(text: str) -> int:
@@ -53,7 +54,7 @@ def hash32(text: str) -> int:
 
 def pack(ts_ms: int, kind: int, identifier: int, attribute: int, value: float) -> bytes:
     """One record of 24 bytes. A value that float32 cannot hold as a finite number becomes NaN ("absent")."""
-    finite = value if abs(value) <= FLOAT32_MAX else _NAN
+    finite = value if abs(value) < FLOAT32_END else _NAN
     head = _HEAD.pack(ts_ms, identifier, attribute, finite, kind)
     first, second, third = _WORDS.unpack(head + b"\0\0")
     return head + _check(first, second, third).to_bytes(2, "little")
@@ -66,13 +67,14 @@ def _check(first: int, second: int, third: int) -> int:
 
 def content_id(attribute: int, value: float) -> int:
     """Id of an event that carries no message id: equal attribute and value at one instant are one event."""
-    finite = value if abs(value) <= FLOAT32_MAX else _NAN
+    finite = value if abs(value) < FLOAT32_END else _NAN
     return int(content_ids(np.array([attribute], "<u4"), np.array([finite], "<f4"))[0])
 
 
 def content_ids(attribute: npt.NDArray[np.uint32], value: npt.NDArray[np.float32]) -> npt.NDArray[np.uint32]:
     """`content_id` for arrays: uint32[E] from attribute uint32[E] and value float32[E]."""
-    bits = np.where(np.isfinite(value), value, np.float32(np.nan)).astype("<f4").view("<u4").astype(np.uint64)
+    plain = np.where(np.isfinite(value), value + np.float32(0), np.float32(np.nan))  # -0.0 + 0.0 is 0.0
+    bits = plain.astype("<f4").view("<u4").astype(np.uint64)
     mixed = (attribute.astype(np.uint64) << np.uint64(32) | bits) * np.uint64(_WEIGHTS[0])
     mixed ^= mixed >> np.uint64(32)
     return (mixed * np.uint64(_WEIGHTS[1]) >> np.uint64(32)).astype(np.uint32)
@@ -106,7 +108,7 @@ def valid(array: Records) -> npt.NDArray[np.bool_]:
 
 
 def _sums(array: Records) -> npt.NDArray[np.uint64]:
-    return np.asarray(array.view("<u8").reshape(-1, 3) @ _WEIGHT_ARRAY)
+    return np.asarray(np.ascontiguousarray(array).view("<u8").reshape(-1, 3) @ _WEIGHT_ARRAY)
 
 
 def from_bytes(blob: bytes) -> Records:
@@ -139,4 +141,5 @@ def compact(blob: bytes, newest: int) -> bytes:
     known = from_bytes(blob)
     known = known[valid(known)]
     known = known[canonical_order(known)]
-    return known[first_of_each(known)][-newest:].tobytes()
+    known = known[first_of_each(known)]
+    return known[max(0, len(known) - newest) :].tobytes()

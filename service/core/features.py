@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
 from typing import Any, Final
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy.typing as npt
 
 from service.core import events
 from service.core.events import Records
-from service.core.spec import Aggregate, Clock, Decay, Distinct, FeatureSpec, Mean, Ratio, Session, Trait
+from service.core.spec import Aggregate, Clock, Decay, Distinct, FeatureSpec, Mean, Ratio, Request, Session, Trait
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -85,18 +86,25 @@ class Plan:
         return [encode(feature, (context or {}).get(feature.request)) for feature in self.spec.requests.values()]
 
 
-def encode(feature: Any, value: object) -> float:
+def encode(feature: Trait | Request, value: object) -> float:
     """The number of a raw trait or request value: its category's code, or itself; NaN for anything else."""
+    if not isinstance(value, (str, bool, int, float)) or value != value:
+        return math.nan
+    if feature.categories is None:
+        known = not isinstance(value, str) and abs(value) < events.FLOAT32_END
+        return float(value) if known else math.nan
+    return float(feature.codes.get(text_of(value), feature.other))
+
+
+def text_of(value: str | bool | float) -> str:
+    """A value as the text that categories and attributes are compared by: `true`, `3` for 3.0, `2.5`."""
     if isinstance(value, bool):
-        value = str(value).lower() if feature.categories is not None else float(value)
-    if feature.categories is not None:
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        text = str(value) if isinstance(value, (str, int, float)) else None
-        return math.nan if text is None else float(feature.codes.get(text, feature.other))
-    if isinstance(value, (int, float)) and abs(value) <= events.FLOAT32_MAX:
-        return float(value)
-    return math.nan
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return str(int(value))
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return hex(value)  # Python refuses to write thousands of decimal digits
+    return str(value)
 
 
 class _Builder:
@@ -222,18 +230,11 @@ def compile(spec: FeatureSpec) -> Plan:  # noqa: A001 - features.compile(spec) r
 
 def _ratio_levels(spec: FeatureSpec) -> dict[str, int]:
     """Depth of each ratio: 0 where its operands are no ratios."""
+    operands = {name: feature.ratio for name, feature in spec.features.items() if isinstance(feature, Ratio)}
     levels: dict[str, int] = {}
-
-    def level(name: str) -> int:
-        feature = spec.features[name]
-        if not isinstance(feature, Ratio):
-            return -1
-        if name not in levels:
-            levels[name] = 1 + max(level(operand) for operand in feature.ratio)
-        return levels[name]
-
-    for name in spec.features:
-        level(name)
+    for name in TopologicalSorter(operands).static_order():
+        if name in operands:
+            levels[name] = 1 + max(levels.get(operand, -1) for operand in operands[name])
     return levels
 
 
@@ -284,6 +285,7 @@ def matrix(
         out[:, plan.trait_columns] = _trait_values(plan, traits, trait_starts, now_ms)
     if request is not None and len(plan.request_columns):
         out[:, plan.request_columns] = request
+    out += np.float32(0)  # -0.0 becomes 0.0, which the order of events must not decide
     _fill_ratios(plan, out)
     return out
 
@@ -451,7 +453,8 @@ def _trait_values(plan: Plan, traits: Records, starts: Ints, now_ms: Ints) -> np
     is_trait = (traits["kind"] == events.TRAIT_NUMBER) | (traits["kind"] == events.TRAIT_TEXT)
     keep = events.valid(traits) & is_trait & (traits["ts_ms"] <= now_ms[row])
     traits, row = traits[keep], row[keep]
-    order = events.canonical_order(traits, row)[::-1]
+    order = events.canonical_order(traits, row)
+    order = order[events.first_of_each(traits[order], row[order])][::-1]
     traits, row = traits[order], row[order]
     for place, (identifier, is_text) in enumerate(zip(plan.trait_ids, plan.trait_is_text, strict=True)):
         found = np.flatnonzero(traits["id"] == identifier)
@@ -462,7 +465,7 @@ def _trait_values(plan: Plan, traits: Records, starts: Ints, now_ms: Ints) -> np
 
 def _trait_codes(plan: Plan, place: int, is_text: bool, latest: Records) -> npt.NDArray[np.float32]:
     if not is_text:
-        return np.asarray(latest["value"])
+        return np.where(np.isfinite(latest["value"]), latest["value"], np.float32(np.nan))
     key = np.uint64(place << 32) | latest["attribute"].astype(np.uint64)
     at = np.minimum(np.searchsorted(plan.trait_keys, key), len(plan.trait_keys) - 1)
     codes = np.where(plan.trait_keys[at] == key, plan.trait_codes[at], plan.trait_other[place])

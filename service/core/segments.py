@@ -21,13 +21,13 @@ SHARES: Final[Mapping[str, float]] = {
 def cutoffs(scores: npt.NDArray[np.floating], shares: Mapping[str, float]) -> tuple[float, ...]:
     """Lowest score of each segment but the last, best first, so that each holds about its share of `scores`.
 
-    scores: float[n] in [0, 1]; shares: segment -> share in (0, 1); a segment left out keeps its share of `SHARES`.
+    scores: float[n] in [0, 1]; shares: segment -> share in (0, 1), adding up to less than 1. Segments that are left
+    out divide the rest as `SHARES` and a last one of what is left there would.
     """
-    wanted = {**SHARES, **shares}
-    tops = np.cumsum([wanted[name] for name in SEGMENTS[:-1]])
-    if tops[-1] >= 1:
-        tops *= 0.95 / tops[-1]
-    return tuple(float(cut) for cut in np.quantile(scores, 1 - tops))
+    others = {name: share for name, share in SHARES.items() if name not in shares}
+    rest = (1 - sum(shares.values())) / (1 - sum(SHARES.values()) + sum(others.values()))
+    wanted = [shares[name] if name in shares else rest * SHARES[name] for name in SEGMENTS[:-1]]
+    return tuple(float(cut) for cut in np.quantile(scores, 1 - np.cumsum(wanted)))
 
 
 def assign(score: float, cuts: Sequence[float]) -> str:

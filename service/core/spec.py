@@ -31,7 +31,7 @@ from service.core.events import MAX_KIND
 from service.core.segments import SEGMENTS
 
 _UNITS_MS: Final = {"w": 604_800_000, "d": 86_400_000, "h": 3_600_000, "m": 60_000, "s": 1_000, "ms": 1}
-_DURATION: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|w)\s*")
+_DURATION: Final = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(ms|s|m|h|d|w)\s*")
 ANY: Final = "any"
 
 Place = tuple[str, ...]
@@ -47,10 +47,10 @@ def parse_duration(text: object) -> int:
     match = _DURATION.fullmatch(text) if isinstance(text, str) else None
     if match is None:
         raise ValueError(f"{text!r} is not a duration; write a number and a unit: 500ms, 30s, 30m, 1h, 7d or 2w")
-    milliseconds = round(float(match[1]) * _UNITS_MS[match[2]])
-    if not 0 < milliseconds <= 100 * 365 * _UNITS_MS["d"]:
-        raise ValueError(f"{text!r} is out of range; write a duration between 1ms and 36500d")
-    return milliseconds
+    milliseconds = float(match[1]) * _UNITS_MS[match[2]]
+    if not 1 <= milliseconds <= 36_500 * _UNITS_MS["d"]:
+        raise ValueError(f"{match[0][:20]!r} is out of range; write a duration between 1ms and 36500d")
+    return round(milliseconds)
 
 
 def format_duration(milliseconds: int) -> str:
@@ -89,7 +89,14 @@ Kinds = Annotated[
     BeforeValidator(_as_names),
     PlainSerializer(_names_as_written, return_type=str | tuple[str, ...]),
 ]
-Categories = tuple[str, ...] | dict[str, Finite]
+Categories = Annotated[
+    Annotated[tuple[str, ...], Tag("listed")] | Annotated[dict[str, Finite], Tag("coded")],
+    Discriminator(
+        lambda value: "coded" if isinstance(value, Mapping) else "listed" if isinstance(value, (list, tuple)) else None,
+        custom_error_type="categories",
+        custom_error_message="write a list of categories, or a mapping of each category to its number",
+    ),
+]
 
 
 class _Model(BaseModel):
@@ -109,7 +116,7 @@ class Limits(_Model):
     """How much of a visitor's past counts, online and offline alike."""
 
     history: Duration = parse_duration("90d")
-    records: Annotated[int, Field(ge=1, le=2048)] = 2048
+    records: Annotated[int, Field(ge=1, le=2048, strict=True)] = 2048
     session_gap: Duration = parse_duration("30m")
 
 
@@ -145,8 +152,22 @@ class Rows(_Model):
 
     after: Kinds = (ANY,)
     every: Duration | None = None
-    per_visitor: Annotated[int, Field(ge=1, le=1000)] = 10
+    per_visitor: Annotated[int, Field(ge=1, le=1000, strict=True)] = 10
     cold_start: bool = True
+
+
+class Fit(_Model):
+    """Parameters of LightGBM to try where the defaults do not suit the data. There is no re-weighting of classes."""
+
+    learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
+    num_leaves: Annotated[int, Field(ge=2, le=4096)] | None = None
+    max_depth: int | None = None
+    min_data_in_leaf: Annotated[int, Field(ge=1)] | None = None
+    lambda_l1: Annotated[float, Field(ge=0)] | None = None
+    lambda_l2: Annotated[float, Field(ge=0)] | None = None
+    feature_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    bagging_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    max_bin: Annotated[int, Field(ge=2, le=65535)] | None = None
 
 
 class EventColumn(_Model):
@@ -285,7 +306,7 @@ class Clock(_Model):
     """A part of the moment of asking, in UTC moved by `offset`: hour 0-23, weekday 0-6 from Monday, day, month 1-12."""
 
     clock: Literal["hour", "weekday", "day", "month"]
-    offset: Annotated[str, Field(pattern=r"^[+-]\d{2}:\d{2}$")] = "+00:00"
+    offset: Annotated[str, Field(pattern=r"^[+-](0[0-9]|1[0-4]):[0-5][0-9]$")] = "+00:00"
 
     @property
     def offset_ms(self) -> int:
@@ -300,18 +321,14 @@ class _Encoded(_Model):
     @field_validator("categories", mode="before")
     @classmethod
     def _text_categories(cls, value: object) -> object:
-        if isinstance(value, Mapping):
-            return {_as_text(name): number for name, number in value.items()}
-        if isinstance(value, (list, tuple)):
-            return tuple(_as_text(name) for name in value)
-        return value
-
-    @field_validator("categories", mode="after")
-    @classmethod
-    def _distinct_categories(cls, value: Categories | None) -> Categories | None:
-        if value is not None and len(set(value)) < len(value):
+        if not isinstance(value, (Mapping, list, tuple)):
+            return value
+        names = [_as_text(name) for name in value]
+        if not names:
+            raise ValueError("list at least one category")
+        if all(isinstance(name, str) for name in names) and len(set(names)) < len(names):
             raise ValueError("a category is listed twice; list each once")
-        return value
+        return dict(zip(names, value.values(), strict=True)) if isinstance(value, Mapping) else tuple(names)
 
     @cached_property
     def codes(self) -> dict[str, float]:
@@ -332,6 +349,8 @@ class _Encoded(_Model):
 
 
 def _as_text(value: object) -> object:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     return str(value).lower() if isinstance(value, bool) else str(value) if isinstance(value, (int, float)) else value
 
 
@@ -405,6 +424,7 @@ class FeatureSpec(_Model):
     limits: Limits = Limits()
     label: Label | None = None
     rows: Rows = Rows()
+    fit: Fit = Fit()
     source: tuple[Source, ...] = ()
     segments: dict[str, Annotated[Finite, Field(gt=0, lt=1)]] = {}
     features: Annotated[dict[Name, Feature], Field(min_length=1)]
@@ -428,8 +448,8 @@ class FeatureSpec(_Model):
 
     @cached_property
     def hash(self) -> str:
-        """sha256 over everything that decides a feature's value or a row; `source` and `segments` do not."""
-        text = json.dumps(self.model_dump(mode="json", exclude={"source", "segments"}), sort_keys=False)
+        """sha256 over everything that decides a feature's value or a row; `source`, `fit` and `segments` do not."""
+        text = json.dumps(self.model_dump(mode="json", exclude={"source", "fit", "segments"}))
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
@@ -511,9 +531,11 @@ def problems(error: ValidationError) -> list[Problem]:
 
 
 def _place(location: tuple[int | str, ...]) -> Place:
-    # The tag of the feature's kind stands in pydantic's location, not in the document: features.NAME.TAG.key
-    tagged = len(location) > 2 and location[0] == "features"
-    return tuple(str(part) for index, part in enumerate(location) if not (tagged and index == 2))
+    # The tags of unions stand in pydantic's location, not in the document: features.NAME.TAG.categories.TAG.key
+    if location[:1] != ("features",):
+        return tuple(map(str, location))
+    tags = {2, 4} if location[3:4] == ("categories",) else {2}
+    return tuple(str(part) for index, part in enumerate(location) if index not in tags)
 
 
 def _advice(item: Any) -> str:
@@ -521,6 +543,8 @@ def _advice(item: Any) -> str:
         return f"unknown key{_nearest(str(item['loc'][-1]), _known_keys(item['loc']))}"
     if item["type"] == "missing":
         return "is missing; add it"
+    if item["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return "is no mapping; write key: value pairs"
     text: str = item["msg"].removeprefix("Value error, ")
     return text[:1].lower() + text[1:]
 
@@ -530,18 +554,20 @@ _SECTIONS: Final[dict[str, type[_Model]]] = {
     "limits": Limits,
     "label": Label,
     "rows": Rows,
+    "fit": Fit,
     "source": Source,
 }
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    if len(location) == 1:
-        return list(FeatureSpec.model_fields)
-    if location[0] == "features":
-        return list(_FEATURES[str(location[2])].model_fields)
+    model: type[_Model] | None = FeatureSpec
+    if len(location) > 1:
+        model = _SECTIONS.get(str(location[0]))
+    if location[0] == "features" and len(location) > 3:
+        model = _FEATURES.get(str(location[2]))
     if location[0] == "source" and "event" in location[:-1]:
-        return list(EventColumn.model_fields)
-    return list(_SECTIONS[str(location[0])].model_fields)
+        model = EventColumn
+    return list(model.model_fields) if model is not None else []
 
 
 def _nearest(word: str, known: Sequence[str] | Mapping[str, object]) -> str:
