@@ -60,7 +60,10 @@ def replay(
             loaded = asyncio.run(history.replay_table(table, spec, Settings(), report))
         else:
             loaded = asyncio.run(history.replay_events(paths, spec, Settings(), max_bad_rows, memory_limit, report))
-    console.print(f"{loaded.visitors:,} visitors, {loaded.added:,} records added to the feature cache.")
+    if loaded.visitors:
+        console.print(f"{loaded.visitors:,} visitors, {loaded.added:,} records added to the feature cache.")
+    else:
+        console.print("Nothing to do: the feature cache has all of this history already.")
 
 
 def score(

@@ -29,7 +29,7 @@ _TIME_BITS: Final = 43  # 278 years of milliseconds; leaves 20 bits, a million v
 
 
 class TooLittleData(PropensityError):
-    """Not enough history or not enough rows of one class to train and judge a model; the message says what is missing."""
+    """Not enough history or not enough rows of a class to train and judge a model; the message says what is missing."""
 
 
 @dataclass(frozen=True)
@@ -159,10 +159,10 @@ def horizon_of(label: Label) -> int:
 def _matured(log: EventLog, horizon_ms: int) -> int:
     span_ms = log.summary.last_ms - log.summary.first_ms
     if span_ms < MIN_HORIZONS * horizon_ms:
-        days = 86_400_000
+        day = 86_400_000
         raise TooLittleData(
-            f"the events span {span_ms / days:.2f} days, less than {MIN_HORIZONS} horizons of {horizon_ms / days:g} days; "
-            f"give at least {MIN_HORIZONS * horizon_ms / days:.2f} days of history or a shorter label.horizon"
+            f"the events span {span_ms / day:.2f} days, less than {MIN_HORIZONS} horizons of {horizon_ms / day:g} days; "
+            f"give at least {MIN_HORIZONS * horizon_ms / day:.2f} days of history or a shorter label.horizon"
         )
     return log.summary.last_ms - horizon_ms
 

@@ -84,9 +84,10 @@ def fit(
 
 
 def calibrate(margin: npt.NDArray[np.float64], label: npt.NDArray[np.bool_]) -> Calibration:
-    """Platt scaling of least log loss with a slope above 0, which keeps the ranking; on targets smoothed as Platt (1999, section 2.2) proposes.
+    """Platt scaling of least log loss, with a slope above 0, which keeps the ranking.
 
-    margin: float64[n], raw scores; label: bool[n]. Both from rows that the trees never saw.
+    margin: float64[n], raw scores; label: bool[n]; both of rows that the trees never saw. Targets are smoothed as
+    Platt (1999, section 2.2) proposes.
     """
     positives, negatives = float(label.sum()), float((~label).sum())
     target = np.where(label, (positives + 1) / (positives + 2), 1 / (negatives + 2))

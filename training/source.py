@@ -71,7 +71,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Partition:
-    """The events of some visitors in canonical order, each event once. Visitor v owns records[starts[v]:starts[v+1]]."""
+    """The events of some visitors in canonical order, each once. Visitor v owns records[starts[v]:starts[v + 1]]."""
 
     visitor_hash: npt.NDArray[np.uint64]  # [V] ascending
     visitor_ids: Sequence[str] | None  # [V]
@@ -330,7 +330,8 @@ class Relation:
             COPY (
                 WITH mapped AS (SELECT {self._mapped()} FROM {self.scan} {where}),
                 judged AS (SELECT *, {self._bad()} AS bad FROM mapped)
-                SELECT hash(coalesce(visitor, '')) AS visitor_hash, visitor, ts_ms, coalesce(kind, 0)::USMALLINT AS kind,
+                SELECT hash(coalesce(visitor, '')) AS visitor_hash, visitor, ts_ms,
+                    coalesce(kind, 0)::USMALLINT AS kind,
                     {hash_sql("message_id")} AS id, {hash_sql("attribute_text")} AS attribute,
                     TRY_CAST(number AS FLOAT) AS value, bad, unknown_name,
                     {"".join(f"r{place}, " for place in range(len(self.spec.requests)))}

@@ -1,0 +1,113 @@
+"""What is served equals what training computes: the same visitors, at the same instants, to the bit."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import httpx
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SPEC = ROOT / "examples" / "shop.yaml"
+VISITORS = 10_000
+
+
+def propensity(*arguments: str, environment: dict[str, str]) -> None:
+    subprocess.run([sys.executable, "-m", "cli.main", *arguments], cwd=ROOT, env=environment, check=True, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    directory = tmp_path_factory.mktemp("skew")
+    return {**os.environ, "PROPENSITY_DATA_DIR": str(directory / "data"), "SHOP": str(directory)}
+
+
+@pytest.fixture(scope="module")
+def shop(environment: dict[str, str]) -> Path:
+    """A shop of more than 10,000 visitors, replayed and trained on, that is still open."""
+    directory = Path(environment["SHOP"])
+    propensity("simulate", "--out", str(directory), "--events", "240000", "--seed", "5", environment=environment)
+    events = ("--events", str(directory / "events.parquet"), "--spec", str(SPEC))
+    propensity("train", *events, "--artifacts", str(directory / "artifacts"), environment=environment)
+    propensity("replay", *events, environment=environment)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def service(shop: Path, environment: dict[str, str]) -> Iterator[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "cli.main", "serve", "--port", str(port), "--artifacts", str(shop / "artifacts")]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                if httpx.get(f"{url}/readyz").status_code == 200:
+                    break
+            except httpx.TransportError:
+                time.sleep(0.1)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+async def served(url: str, visitors: list[str]) -> list[dict[str, Any]]:
+    """What the service says of each visitor, 16 asked at a time."""
+    async with httpx.AsyncClient(base_url=url, timeout=30) as client:
+        gate = asyncio.Semaphore(16)
+
+        async def ask(visitor: str) -> dict[str, Any]:
+            async with gate:
+                answer = await client.get(f"/v1/visitors/{visitor}")
+            answer.raise_for_status()
+            found: dict[str, Any] = answer.json()
+            return found
+
+        return await asyncio.gather(*map(ask, visitors))
+
+
+@pytest.mark.slow
+def test_ten_thousand_visitors_are_served_the_features_that_training_computes(
+    shop: Path, service: str, environment: dict[str, str]
+) -> None:
+    everyone = duckdb.sql(
+        f"SELECT DISTINCT coalesce(userId, anonymousId) AS visitor FROM '{shop / 'events.parquet'}' ORDER BY visitor"
+    ).fetchall()
+    visitors = [row[0] for row in everyone[: VISITORS - 10]] + [f"never-seen-{number}" for number in range(10)]
+    assert len(visitors) == VISITORS
+    answers = asyncio.run(served(service, visitors))
+    instants = [datetime.datetime.fromisoformat(answer["at"]) for answer in answers]
+    pa.parquet.write_table(pa.table({"visitor_id": visitors, "at": instants}), shop / "at.parquet")
+    events = ("--events", str(shop / "events.parquet"), "--spec", str(SPEC))
+    out = shop / "features.parquet"
+    propensity("features", *events, "--at", str(shop / "at.parquet"), "--out", str(out), environment=environment)
+
+    computed = pa.parquet.read_table(out)
+    assert computed.column("visitor_id").to_pylist() == visitors
+    names = [name for name in computed.column_names if name not in ("visitor_id", "at")]
+    offline = np.stack([computed.column(name).to_numpy() for name in names], axis=1)
+    online = np.array([[answer["features"]["purchase_7d"][name] for name in names] for answer in answers], np.float32)
+    assert offline.dtype == np.float32
+    different = (offline.view(np.uint32) != online.view(np.uint32)) & ~(np.isnan(offline) & np.isnan(online))
+    assert not different.any(), [(visitors[row], names[column]) for row, column in np.argwhere(different)[:5]]
+    told_apart = len(np.unique(online[:, : len(names) - 1], axis=0))
+    assert told_apart > VISITORS / 2, "features that are the same for everyone would show nothing"
+    shutil.rmtree(shop / "artifacts")
