@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.metadata
 import tempfile
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from cli.progress import Report
-from service import embedded
+from service.app import open_store
 from service.settings import Settings
 from service.store import History, Store
 from training import source, specfile, table
@@ -30,21 +30,9 @@ class Loaded:
     added: int = 0
 
 
-@contextlib.asynccontextmanager
-async def _store(settings: Settings, history_ms: int) -> AsyncIterator[Store]:
-    """The feature cache that a service with the same settings uses."""
-    with contextlib.ExitStack() as stack:
-        url = settings.redis_url
-        if url is None:
-            server = embedded.start(settings.data_dir)
-            stack.callback(server.close)
-            url = server.url
-        slack_ms = settings.retention_slack_days * 86_400_000
-        store = Store.open(url, namespace=settings.namespace, retention_ms=history_ms + slack_ms, timeout_ms=10_000)
-        try:
-            yield store
-        finally:
-            await store.close()
+def _store(settings: Settings, history_ms: int) -> AbstractAsyncContextManager[Store]:
+    """The feature cache of the service with the same settings; a page of visitors may take it ten seconds."""
+    return open_store(settings.model_copy(update={"redis_timeout_ms": 10_000}), history_ms)
 
 
 async def replay_events(

@@ -88,7 +88,7 @@ class Plan:
 
 def encode(feature: Trait | Request, value: object) -> float:
     """The number of a raw trait or request value: its category's code, or itself; NaN for anything else."""
-    if not isinstance(value, (str, bool, int, float)) or value != value:
+    if not isinstance(value, (str, bool, int, float)) or value != value or value == "":
         return math.nan
     if feature.categories is None:
         known = not isinstance(value, str) and abs(value) < events.FLOAT32_END

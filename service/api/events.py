@@ -1,0 +1,177 @@
+"""Events: one, or many at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Body, Request
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator
+from pydantic_core import to_json
+
+from service import ingest, metrics
+from service.api.body import JSONRoute
+from service.api.state import CurrentModels, CurrentSettings, CurrentStore
+from service.errors import InvalidRequest, ModelNotReady, Place, RefusedEvent, TooLarge, answers
+from service.ingest import Accepted, Catalogue, Ignored, Refused
+from service.scoring import unix_ms
+from service.store import History, Quarantined, Store
+
+router = APIRouter(prefix="/v1/events", tags=["events"], route_class=JSONRoute)
+
+
+class Event(BaseModel):
+    """An event of the Segment spec. Further members are let be."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "type": "track",
+                    "event": "Product Viewed",
+                    "userId": "visitor-17",
+                    "messageId": "6f1c2d34",
+                    "timestamp": "2026-01-31T23:59:59.999Z",
+                    "properties": {"price": 19.9, "category": "shoes"},
+                    "context": {"device": "mobile"},
+                }
+            ]
+        }
+    )
+
+    type: Literal["track", "page", "identify", "screen", "group", "alias"] = "track"
+    event: str | None = Field(None, description="Name of a track event, as the catalogue has it.")
+    name: str | None = Field(None, description="Name of a page.")
+    user_id: str | float | None = Field(None, alias="userId", description="The visitor, once known.")
+    anonymous_id: str | float | None = Field(None, alias="anonymousId", description="The visitor before that.")
+    message_id: str | float | None = Field(
+        None, alias="messageId", description="Id of the event: what is sent again with the same one counts once."
+    )
+    timestamp: str | float | None = Field(
+        None, description="ISO 8601, UTC unless it says, or epoch in ms or s; now if left out."
+    )
+    properties: dict[str, Any] | None = None
+    context: dict[str, Any] | None = None
+    traits: dict[str, Any] | None = None
+
+
+class EventBatch(BaseModel):
+    """Many events."""
+
+    batch: list[Event] = Field(min_length=1)
+
+
+class EventResult(BaseModel):
+    """What became of one event."""
+
+    status: Literal["accepted", "ignored", "refused"] = Field(
+        description="accepted: it is in the next score; ignored: no model reads it; refused: it cannot be understood "
+        "and is kept in quarantine."
+    )
+    reason: str | None = Field(None, description="Why it was refused, out of a fixed set.")
+    message: str | None = Field(None, description="What to write instead.")
+
+
+class EventsOut(BaseModel):
+    """What became of each event, in their order."""
+
+    accepted: int
+    ignored: int
+    refused: int
+    results: list[EventResult]
+
+
+Outcome = Accepted | Ignored | Refused
+# Events are judged one by one by `ingest`, so that a bad one does not take its neighbours along.
+AnyEvents = Annotated[Any, PlainValidator(lambda value: value, json_schema_input_type=Event | EventBatch), Body()]
+
+
+@router.post(
+    "",
+    response_model=EventsOut,
+    response_model_exclude_none=True,
+    responses=answers(413, 415, 422, 503),
+    summary="Send events",
+)
+async def send_events(
+    request: Request, body: AnyEvents, store: CurrentStore, models: CurrentModels, settings: CurrentSettings
+) -> EventsOut:
+    """Take one event, or many as `{"batch": [...]}`, each with its own result.
+
+    What is accepted is in the next score. Sending events again is safe. After 503 nothing is certain; send all again.
+    """
+    if not models.bundles:
+        raise ModelNotReady("no model is loaded, so no event is known; put one into the artifacts directory, restart")
+    batch = _events(body)
+    now_ms = unix_ms()
+    limit = settings.event_bytes if len(await request.body()) > settings.event_bytes else None
+    if "batch" not in body and limit is not None:
+        raise TooLarge(f"an event may have {limit} bytes; keep to what models and reports read")
+    outcomes = [_judge(models.catalogue, event, limit, now_ms) for event in batch]
+    outcomes = await _keep(store, outcomes, now_ms)
+    await _quarantine(store, batch, outcomes, now_ms, settings.quarantine_length)
+    for outcome in outcomes:
+        metrics.EVENTS.labels(type(outcome).__name__.lower()).inc()
+    if "batch" not in body and isinstance(outcomes[0], Refused):
+        raise RefusedEvent(f"{outcomes[0].reason}: {outcomes[0].message}")
+    results = [_result(outcome) for outcome in outcomes]
+    counts = {name: sum(result.status == name for result in results) for name in ("accepted", "ignored", "refused")}
+    return EventsOut(**counts, results=results)
+
+
+def _events(body: object) -> Sequence[object]:
+    if not isinstance(body, dict):
+        raise InvalidRequest([Place("", 'send one event as an object, or many as {"batch": [...]}')])
+    if "batch" not in body:
+        return [body]
+    if not isinstance(body["batch"], list) or not body["batch"]:
+        raise InvalidRequest([Place("/batch", "must be a list of at least one event")])
+    return body["batch"]
+
+
+def _judge(catalogue: Catalogue, event: object, limit: int | None, now_ms: int) -> Outcome:
+    if limit is not None and len(to_json(event)) > limit:
+        return Refused("size", f"an event may have {limit} bytes; keep to what models and reports read")
+    return ingest.parse(catalogue, event, now_ms)
+
+
+async def _keep(store: Store, outcomes: Sequence[Outcome], now_ms: int) -> list[Outcome]:
+    """Store what was accepted; what the store cannot hold becomes refused."""
+    unfit = await store.append(_by_visitor(outcomes), now_ms)
+    return [
+        Refused("unfit", "the visitor's key in the feature cache holds something else; delete it")
+        if isinstance(outcome, Accepted) and outcome.visitor_id in unfit
+        else outcome
+        for outcome in outcomes
+    ]
+
+
+async def _quarantine(
+    store: Store, batch: Sequence[object], outcomes: Sequence[Outcome], now_ms: int, length: int
+) -> None:
+    refused = [
+        Quarantined(outcome.reason, outcome.message, now_ms, ingest.visitor_ids(event), to_json(event).decode())
+        for event, outcome in zip(batch, outcomes, strict=True)
+        if isinstance(outcome, Refused) and outcome.reason != "size"
+    ]
+    if refused:
+        await store.quarantine(refused, length)
+
+
+def _by_visitor(outcomes: Sequence[Outcome]) -> Mapping[str, History]:
+    parts: dict[str, list[Accepted]] = {}
+    for outcome in outcomes:
+        if isinstance(outcome, Accepted):
+            parts.setdefault(outcome.visitor_id, []).append(outcome)
+    return {
+        visitor_id: History(b"".join(one.events for one in kept), b"".join(one.traits for one in kept))
+        for visitor_id, kept in parts.items()
+    }
+
+
+def _result(outcome: Outcome) -> EventResult:
+    if isinstance(outcome, Accepted):
+        return EventResult(status="accepted")
+    if isinstance(outcome, Ignored):
+        return EventResult(status="ignored", message=outcome.message)
+    return EventResult(status="refused", reason=outcome.reason, message=outcome.message)

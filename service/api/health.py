@@ -1,0 +1,49 @@
+"""Health and metrics, none of which asks the feature cache."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
+from starlette.responses import Response
+
+from service import metrics
+from service.api.state import CurrentModels
+
+router = APIRouter(tags=["health"])
+
+
+class Live(BaseModel):
+    """The process answers."""
+
+    status: str = "live"
+
+
+class Ready(BaseModel):
+    """The process takes requests; also without a model or a feature cache it gives every visitor a segment."""
+
+    status: str = "ready"
+    models: int
+
+
+@router.get("/livez", summary="Is the process alive?")
+async def live() -> Live:
+    """200 as long as the process answers; restart it when it does not."""
+    return Live()
+
+
+@router.get("/readyz", summary="Should it get requests?")
+async def ready(models: CurrentModels) -> Ready:
+    """200 once everything is loaded."""
+    return Ready(models=len(models.bundles))
+
+
+@router.get(
+    "/metrics",
+    response_class=Response,
+    responses={200: {"content": {CONTENT_TYPE_LATEST: {"schema": {"type": "string"}}}}},
+    summary="Metrics for Prometheus",
+)
+async def exposition() -> Response:
+    """Every metric, in the text format of Prometheus."""
+    return Response(metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})

@@ -1,0 +1,121 @@
+"""Visitors: what is known of one, and forgetting it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from typing import Annotated
+
+import numpy as np
+from fastapi import APIRouter, Path
+from pydantic import BaseModel, Field
+from starlette.responses import Response
+
+from service.api.state import CurrentModels, CurrentStore
+from service.core import events
+from service.core.bundle import Bundle
+from service.core.events import TRAIT_TEXT
+from service.errors import answers
+from service.ingest import LONGEST_ID, Catalogue
+from service.models import Models
+from service.scoring import iso_8601, unix_ms, vectors
+from service.store import MOST_EVENTS, History, compact_traits
+
+router = APIRouter(prefix="/v1/visitors", tags=["visitors"])
+
+VisitorId = Annotated[
+    str,
+    Path(min_length=1, max_length=LONGEST_ID, description="The visitor's id; percent-encode what a path cannot hold."),
+]
+
+
+class EventsKnown(BaseModel):
+    """The events that are kept."""
+
+    total: int
+    kinds: dict[str, int] = Field(description="How many of each kind, by its name in the catalogue.")
+    first: str | None = Field(description="RFC 3339 in UTC; null without events.")
+    last: str | None
+
+
+class TraitKnown(BaseModel):
+    """The latest value of a trait."""
+
+    value: str | float | None = Field(description="null for a text that no model lists among its categories.")
+    since: str
+
+
+class VisitorOut(BaseModel):
+    """What is known of a visitor at this moment."""
+
+    visitor_id: str
+    at: str = Field(description="The moment that all of this holds for, RFC 3339 in UTC with milliseconds.")
+    events: EventsKnown
+    traits: dict[str, TraitKnown]
+    features: dict[str, dict[str, float | None]] = Field(
+        description="By model, what it would be asked with now and without a context; null is a missing value."
+    )
+
+
+@router.get("/{visitor_id:path}", responses=answers(404, 422, 503), summary="What is known of a visitor")
+async def get_visitor(visitor_id: VisitorId, store: CurrentStore, models: CurrentModels) -> VisitorOut:
+    """Events by kind, traits, and the features of now. A visitor who was never seen has none, which is no error."""
+    [history] = await store.read([visitor_id])
+    now_ms = unix_ms()
+    return VisitorOut(
+        visitor_id=visitor_id,
+        at=iso_8601(now_ms),
+        events=_events(models.catalogue, history, now_ms),
+        traits=dict(_traits(models, history, now_ms)),
+        features={name: _features(bundle, history, now_ms) for name, bundle in models.bundles.items()},
+    )
+
+
+@router.delete("/{visitor_id:path}", status_code=204, responses=answers(404, 422, 503), summary="Forget a visitor")
+async def erase_visitor(visitor_id: VisitorId, store: CurrentStore) -> Response:
+    """Erase events, traits and quarantined events. 204 also where nothing was known."""
+    await store.erase(visitor_id)
+    return Response(status_code=204)
+
+
+def _events(catalogue: Catalogue, history: History, now_ms: int) -> EventsKnown:
+    kept = events.from_bytes(events.compact(history.events, MOST_EVENTS))
+    kept = kept[(kept["ts_ms"] >= 0) & (kept["ts_ms"] <= now_ms)]
+    kinds = Counter(catalogue.names.get(code, f"code {code}") for code in kept["kind"].tolist())
+    moments = [iso_8601(int(kept["ts_ms"][place])) for place in ((0, -1) if len(kept) else ())]
+    first, last = moments or (None, None)
+    return EventsKnown(total=len(kept), kinds=dict(kinds), first=first, last=last)
+
+
+def _traits(models: Models, history: History, now_ms: int) -> Iterator[tuple[str, TraitKnown]]:
+    kept = events.from_bytes(compact_traits(history.traits, now_ms))
+    kept = kept[(kept["ts_ms"] >= 0) & (kept["ts_ms"] <= now_ms)]
+    for name, (identifier, _) in models.catalogue.traits.items():
+        for record in kept[kept["id"] == identifier]:
+            value = (
+                _text(models, name, int(record["attribute"]))
+                if record["kind"] == TRAIT_TEXT
+                else float(record["value"])
+            )
+            yield name, TraitKnown(value=value, since=iso_8601(int(record["ts_ms"])))
+
+
+def _text(models: Models, trait: str, attribute: int) -> str | None:
+    """The category with this hash, which is all that is kept of it."""
+    listed = (
+        category
+        for bundle in models.bundles.values()
+        for feature in bundle.spec.traits.values()
+        if feature.trait == trait
+        for category in feature.codes
+    )
+    return next((category for category in listed if events.hash32(category) == attribute), None)
+
+
+def _features(bundle: Bundle, history: History, now_ms: int) -> dict[str, float | None]:
+    row = vectors(bundle.plan, [history], now_ms, [{}])[0]
+    return {
+        name: None if math.isnan(value) else value
+        for name, value in zip(bundle.spec.names, np.asarray(row).tolist(), strict=True)
+    }

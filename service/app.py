@@ -1,0 +1,135 @@
+"""The application: what it is made of, how it starts and how it ends."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+
+from service import embedded, errors, models
+from service.api import events, health, inference, scores, visitors
+from service.api import models as models_api
+from service.api.state import State
+from service.api.tensors import InferIn
+from service.metrics import RequestTimer
+from service.scoring import Scorer
+from service.settings import Settings
+from service.store import Store
+
+_DAY_MS = 86_400_000
+
+DESCRIPTION = """
+How likely is this visitor to buy, to churn, to sign up? Send **events** as they happen and ask for a **score** when a
+page needs one; what was just sent is in the next score. Errors are `application/problem+json` (RFC 9457).
+"""
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The ASGI application. Its lifespan loads the models, and starts the embedded server if no Redis is given."""
+    app = FastAPI(
+        title="Propensity",
+        version=_version(),
+        summary="Real-time propensity scores",
+        description=DESCRIPTION,
+        license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        lifespan=lambda _: open_state(settings),
+        redoc_url=None,
+        redirect_slashes=False,
+        generate_unique_id_function=lambda route: route.name,
+        telemetry={"tracing": False, "metrics": False, "logs": False, "operation_spans": False},
+    )
+    for noun in (scores, events, visitors, models_api, inference, health):
+        app.include_router(noun.router)
+    app.add_middleware(RequestTimer)
+    errors.install(app)
+    app.openapi = _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+def serve(settings: Settings) -> None:
+    """Serve until interrupted. Raises PropensityError if what it needs cannot be started."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    # Uvicorn raises SIGTERM again once it has drained; as an exception it lets the embedded server end in order.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    server = None if settings.redis_url else embedded.start(settings.data_dir)
+    try:
+        uvicorn.run(
+            create_app(settings),
+            host=settings.host,
+            port=settings.port,
+            loop="uvloop",
+            http="httptools",
+            access_log=False,
+            server_header=False,
+            log_config=None,
+        )
+    finally:
+        if server is not None:
+            server.close()
+
+
+def _version() -> str:
+    try:
+        return version("propensity")
+    except PackageNotFoundError:  # a source tree that nobody installed
+        return "0"
+
+
+@asynccontextmanager
+async def open_store(settings: Settings, history_ms: int) -> AsyncIterator[Store]:
+    """The feature cache of the settings, embedded or not; visitors are kept for `history_ms` and the slack."""
+    async with AsyncExitStack() as stack:
+        url = settings.redis_url
+        if url is None:
+            server = embedded.start(settings.data_dir)
+            stack.callback(server.close)
+            url = server.url
+        store = Store.open(
+            url,
+            namespace=settings.namespace,
+            retention_ms=history_ms + settings.retention_slack_days * _DAY_MS,
+            timeout_ms=settings.redis_timeout_ms,
+            connect_timeout_ms=settings.redis_connect_timeout_ms,
+            connections=settings.redis_connections,
+        )
+        stack.push_async_callback(store.close)
+        yield store
+
+
+@asynccontextmanager
+async def open_state(settings: Settings) -> AsyncIterator[State]:
+    """The resources of one process: the models, the feature cache, and the scorer that has both."""
+    loaded = models.load(settings.artifacts, settings.default_model)
+    async with open_store(settings, loaded.history_ms) as store:
+        scorer = Scorer(store, loaded, deadline_ms=settings.deadline_ms)
+        yield State(settings=settings, models=loaded, store=store, scorer=scorer)
+
+
+def _openapi(app: FastAPI) -> Callable[[], dict[str, Any]]:
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = get_openapi(
+                title=app.title,
+                version=app.version,
+                summary=app.summary,
+                description=app.description,
+                license_info=app.license_info,
+                routes=app.routes,
+            )
+            # Schemas that no route declares as its model, since they go beyond application/json.
+            _, extra = models_json_schema(
+                [(InferIn, "validation"), (errors.Problem, "validation")], ref_template="#/components/schemas/{model}"
+            )
+            app.openapi_schema["components"]["schemas"] |= extra["$defs"]
+        return app.openapi_schema
+
+    return openapi

@@ -1,0 +1,293 @@
+"""The way from visitor ids to scores: read the histories, compute the features, ask the model, decide.
+
+Nothing that is missing keeps a visitor from an answer: without the feature cache a visitor is scored as one without
+history, without a model it is put into a segment by rules, and `degraded` says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from datetime import UTC, datetime
+from typing import Annotated, Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+
+from service import metrics
+from service.core import events, features, segments
+from service.core.bundle import Bundle
+from service.core.events import FLOAT32_END, RECORD_BYTES, Records
+from service.core.features import Outputs, Plan
+from service.core.segments import SEGMENTS
+from service.core.spec import Feature, Request, Trait
+from service.errors import InvalidRequest, Place, ServiceError, StoreError, pointer
+from service.models import Models
+from service.store import MOST_EVENTS, History, Store
+
+# Visitors that are read and scored in one go. Between two goes other requests have their turn.
+GROUP: Final = 100
+_DAY_MS: Final = 86_400_000
+
+Matrix = npt.NDArray[np.float32]
+
+
+def unix_ms() -> int:
+    """The time, in milliseconds since 1970 UTC."""
+    return time.time_ns() // 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """Whom to score, with which model (None: the default one), and what the caller knows at this moment.
+
+    `context` is read by the request features of the spec. `features` overrides features by name: a number is the
+    value that the model gets, null a missing one, and a string one of the categories of a trait or request feature.
+    """
+
+    visitor_id: str
+    model: str | None = None
+    context: Mapping[str, object] = field(default_factory=dict)
+    features: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """The answer for one visitor."""
+
+    score_id: Annotated[str, Field(description="Unique id of this answer, a UUID.")]
+    visitor_id: Annotated[str, Field(description="The visitor that was asked for.")]
+    propensity: Annotated[float | None, Field(ge=0, le=1, description="Calibrated probability; null without a model.")]
+    percentile: Annotated[
+        float | None,
+        Field(ge=0, le=100, description="Percent of the training population that scored lower; null without a model."),
+    ]
+    segment: Annotated[str, Field(description="One of the segments.", json_schema_extra={"enum": list(SEGMENTS)})]
+    model: Annotated[str | None, Field(description="Name of the model; null if none was asked for and none is loaded.")]
+    version: Annotated[str | None, Field(description="Version of the model; null if it could not be asked.")]
+    scored_at: Annotated[str, Field(description="The moment the score holds for, RFC 3339 in UTC with milliseconds.")]
+    events: Annotated[int, Field(ge=0, description="How many of the visitor's events counted.")]
+    last_event_age_s: Annotated[
+        float | None, Field(ge=0, description="Seconds since the last of them; null without any.")
+    ]
+    degraded: Annotated[
+        list[str],
+        Field(
+            description="What was missing: `store` (scored without history), `model` (put into a segment by rules). "
+            "Empty if all was there."
+        ),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreFailure:
+    """Why one visitor of a batch has no score: something in its own request."""
+
+    visitor_id: str | None  # None if not even that could be read
+    error: ServiceError
+
+
+class Scorer:
+    """Scores visitors. One per process; holds no state of its own."""
+
+    def __init__(
+        self, store: Store, models: Models, *, deadline_ms: float, now_ms: Callable[[], int] = unix_ms
+    ) -> None:
+        self._store, self._models, self._deadline_ms, self._now_ms = store, models, deadline_ms, now_ms
+
+    async def score(self, requests: Sequence[ScoreRequest]) -> list[Score | ScoreFailure]:
+        """The score of each request, in order; all are scored at the moment they are taken up."""
+        scores: list[Score | ScoreFailure] = []
+        for first in range(0, len(requests), GROUP):
+            scores += await self._score_group(requests[first : first + GROUP])
+        return scores
+
+    async def _score_group(self, requests: Sequence[ScoreRequest]) -> list[Score | ScoreFailure]:
+        now_ms = self._now_ms()
+        histories = await self._read([request.visitor_id for request in requests])
+        known = histories or [History()] * len(requests)
+        degraded = [] if histories is not None else ["store"]
+        scores: list[Score | ScoreFailure | None] = [None] * len(requests)
+        by_model: dict[str | None, list[int]] = {}
+        for place, request in enumerate(requests):
+            by_model.setdefault(request.model, []).append(place)
+        for name, chosen in by_model.items():
+            batch = _Batch([requests[place] for place in chosen], [known[place] for place in chosen], now_ms, degraded)
+            for place, answer in zip(chosen, self._score_batch(name, batch), strict=True):
+                scores[place] = answer
+        return [answer for answer in scores if answer is not None]
+
+    def _score_batch(self, name: str | None, batch: _Batch) -> list[Score | ScoreFailure]:
+        try:
+            bundle = self._models.choose(name)
+        except ServiceError as error:
+            return [ScoreFailure(request.visitor_id, error) for request in batch.requests]
+        return _score_by_rule(name, batch) if bundle is None else _score_by_model(bundle, batch)
+
+    async def _read(self, visitor_ids: Sequence[str]) -> list[History] | None:
+        with metrics.stage("store"):
+            try:
+                async with asyncio.timeout(self._deadline_ms / 1000):
+                    return await self._store.read(visitor_ids)
+            except (StoreError, TimeoutError):
+                return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Requests for one model, with the histories of their visitors."""
+
+    requests: Sequence[ScoreRequest]
+    histories: Sequence[History]
+    now_ms: int
+    degraded: Sequence[str]
+
+    def score(self, place: int, activity: Activity, reasons: Sequence[str] = (), **decided: Any) -> Score:
+        degraded = [*self.degraded, *reasons]
+        for reason in degraded:
+            metrics.DEGRADED.labels(reason).inc()
+        metrics.SCORES.labels(decided["model"] or "", decided["version"] or "", decided["segment"]).inc()
+        return Score(
+            score_id=str(uuid.uuid4()),
+            visitor_id=self.requests[place].visitor_id,
+            scored_at=iso_8601(self.now_ms),
+            events=activity.events,
+            last_event_age_s=activity.last_event_age_s,
+            degraded=degraded,
+            **decided,
+        )
+
+
+class Activity(NamedTuple):
+    """How many of a visitor's events count, and how old the last of them is."""
+
+    events: int
+    last_event_age_s: float | None
+
+
+def iso_8601(ms: int) -> str:
+    """A moment in UTC with milliseconds, as RFC 3339 writes it."""
+    return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _score_by_model(bundle: Bundle, batch: _Batch) -> list[Score | ScoreFailure]:
+    with metrics.stage("features"):
+        matrix = vectors(bundle.plan, batch.histories, batch.now_ms, [request.context for request in batch.requests])
+        failures = _override(bundle.plan, matrix, batch.requests)
+        activities = activity(bundle.plan, batch.histories, batch.now_ms)
+    with metrics.stage("model"):
+        propensities = bundle.predict(matrix)
+    return [
+        failures.get(place)
+        or batch.score(
+            place,
+            activities[place],
+            propensity=float(f"{propensity:.6g}"),
+            percentile=bundle.percentile(propensity),
+            segment=bundle.segment(propensity),
+            model=bundle.name,
+            version=bundle.version,
+        )
+        for place, propensity in enumerate(propensities.tolist())
+    ]
+
+
+def _score_by_rule(name: str | None, batch: _Batch) -> list[Score | ScoreFailure]:
+    scores: list[Score | ScoreFailure] = []
+    for place, history in enumerate(batch.histories):
+        known = events.from_bytes(events.compact(history.events, MOST_EVENTS))
+        age_ms = batch.now_ms - known["ts_ms"]
+        age_ms = age_ms[age_ms >= 0]
+        last_age_s = float(age_ms.min()) / 1000 if len(age_ms) else None
+        recent = [int(np.count_nonzero(age_ms < days * _DAY_MS)) for days in (1, 30)]
+        decided = {"propensity": None, "percentile": None, "model": name, "version": None}
+        segment = segments.by_rule(recent[0], recent[1], last_age_s)
+        scores.append(batch.score(place, Activity(len(age_ms), last_age_s), ["model"], segment=segment, **decided))
+    return scores
+
+
+def vectors(plan: Plan, histories: Sequence[History], now_ms: int, contexts: Sequence[Mapping[str, object]]) -> Matrix:
+    """float32[n, F]: the features of n visitors at one moment, each with the context of its request."""
+    records, starts = _joined([history.events for history in histories])
+    traits, trait_starts = _joined([history.traits for history in histories])
+    moments = np.full(len(histories), now_ms, np.int64)
+    request = np.array([plan.encode_request(context) for context in contexts], np.float32)
+    return features.matrix(plan, records, starts, moments, traits, trait_starts, request)
+
+
+def activity(plan: Plan, histories: Sequence[History], now_ms: int) -> list[Activity]:
+    """How many events of each visitor count for this plan, and the age of the last."""
+    records, starts = _joined([history.events for history in histories])
+    metrics.BROKEN_RECORDS.inc(int(np.count_nonzero(~events.valid(records))))
+    block = features.select(plan, records, starts, np.full(len(histories), now_ms, np.int64))
+    last = block.starts + block.counts - 1
+    return [
+        Activity(count, int(block.age_ms[place]) / 1000 if count else None)
+        for count, place in zip(block.counts.tolist(), last.tolist(), strict=True)
+    ]
+
+
+def _joined(blobs: Sequence[bytes]) -> tuple[Records, npt.NDArray[np.int64]]:
+    sizes = [len(blob) // RECORD_BYTES for blob in blobs]
+    whole = b"".join(blob[: size * RECORD_BYTES] for blob, size in zip(blobs, sizes, strict=True))
+    return events.from_bytes(whole), np.cumsum([0, *sizes])
+
+
+def _override(plan: Plan, matrix: Matrix, requests: Sequence[ScoreRequest]) -> dict[int, ScoreFailure]:
+    """Put the requests' own feature values into their rows; returns the requests that name wrong ones, by row."""
+    failures: dict[int, ScoreFailure] = {}
+    for place, request in enumerate(requests):
+        if request.features:
+            try:
+                override(plan, matrix[place : place + 1], request.features)
+            except InvalidRequest as error:
+                failures[place] = ScoreFailure(request.visitor_id, error)
+    return failures
+
+
+def override(plan: Plan, row: Matrix, values: Mapping[str, object]) -> None:
+    """Put `values` by feature name into the float32[1, F] row, and compute again the ratios that are built on them.
+
+    Raises InvalidRequest that lists each name or value that does not fit.
+    """
+    columns = {name: column for column, name in enumerate(plan.spec.names)}
+    wrong: list[Place] = []
+    fixed: set[int] = set()
+    for name, value in values.items():
+        try:
+            row[0, columns[name]] = _feature_value(plan.spec.features[name], value)
+            fixed.add(columns[name])
+        except KeyError:
+            wrong.append(Place(pointer(["features", name]), f"no such feature; there are {', '.join(columns)}"))
+        except ValueError as error:
+            wrong.append(Place(pointer(["features", name]), str(error)))
+    if wrong:
+        raise InvalidRequest(wrong)
+    features._fill_ratios(_without_ratios(plan, sorted(fixed)), row)
+
+
+def _without_ratios(plan: Plan, columns: Sequence[int]) -> Plan:
+    """The plan, but for the ratios in these columns, whose values are given."""
+    free = [np.isin(level.columns, columns, invert=True) for level in plan.ratios]
+    ratios = tuple(
+        Outputs(*(getattr(level, part.name)[keep] for part in fields(Outputs)))
+        for level, keep in zip(plan.ratios, free, strict=True)
+    )
+    return replace(plan, ratios=ratios)
+
+
+def _feature_value(feature: Feature, value: object) -> float:
+    if value is None:
+        return math.nan
+    if isinstance(value, str):
+        if not isinstance(feature, Trait | Request) or feature.categories is None:
+            raise ValueError("write a number, or null for a missing value; the feature has no categories")
+        return features.encode(feature, value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < FLOAT32_END:
+        raise ValueError("write a number that a float32 can hold, or null for a missing value")
+    return float(value)

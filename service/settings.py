@@ -1,0 +1,87 @@
+"""Every setting of the service, read once from `PROPENSITY_*` variables and a `.env` file, then passed along."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Settings(BaseSettings):
+    """Settings of one process. Each says its unit and why to change it."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="PROPENSITY_", env_file=".env", extra="ignore", frozen=True, hide_input_in_errors=True
+    )
+
+    host: str = Field(
+        "127.0.0.1", description="Address to listen on; 0.0.0.0 in a container, where others must reach it."
+    )
+    port: int = Field(8000, ge=1, le=65535, description="TCP port to listen on.")
+    redis_url: str | None = Field(
+        None,
+        repr=False,
+        description="Feature cache: redis://, rediss:// or unix:// URL of Redis 7.0 or Valkey, or newer. "
+        "Without it an embedded server keeps its data in data_dir; set it as soon as there are two machines.",
+    )
+    data_dir: Path = Field(
+        Path(".propensity"),
+        description="Directory of the embedded server's data; a disk that is backed up, one directory a service.",
+    )
+    artifacts: Path = Field(
+        Path("artifacts"), description="Directory of trained models: MODEL/VERSION/ and MODEL/aliases.json."
+    )
+    default_model: str | None = Field(
+        None, description="Model of requests that name none; needed as soon as two models are loaded."
+    )
+    namespace: str = Field(
+        "p",
+        pattern=r"^[A-Za-z0-9_.-]{1,32}$",
+        description="Prefix of every key, so that two deployments can share one Redis.",
+    )
+    deadline_ms: Positive = Field(
+        50,
+        description="Milliseconds a score waits for the feature cache before it is made without it. "
+        "Raise it where the cache is in another zone; lower it where a page waits.",
+    )
+    redis_timeout_ms: Positive = Field(
+        1000,
+        description="Milliseconds one command may take when events are written or a visitor is looked up.",
+    )
+    redis_connect_timeout_ms: Positive = Field(
+        200, description="Milliseconds to open a connection; raise it for a cache that is far away."
+    )
+    redis_connections: Positive = Field(
+        32, description="Connections a process opens at most; requests beyond them wait in their deadline."
+    )
+    event_bytes: Positive = Field(
+        32 * 1024, description="Bytes of JSON one event may have; larger ones are refused one by one."
+    )
+    body_bytes: Positive = Field(
+        500 * 1024, description="Bytes one request body may have; larger ones are answered 413."
+    )
+    batch_visitors: Positive = Field(1000, description="Visitors one batch may ask for; raise body_bytes with it.")
+    quarantine_length: Positive = Field(
+        1000, description="Refused events kept, about, for a look and a replay; each may have event_bytes."
+    )
+    retention_slack_days: int = Field(
+        7,
+        ge=0,
+        description="Days a silent visitor is kept beyond the longest history of the models; the time that a "
+        "model with a longer history may take to arrive.",
+    )
+
+    @field_validator("redis_url")
+    @classmethod
+    def _is_readable(cls, url: str | None) -> str | None:
+        if url is not None:
+            parts = urlsplit(url)
+            if parts.scheme not in ("redis", "rediss", "unix"):
+                raise ValueError("write redis://HOST:6379/0, rediss://HOST:6379/0 or unix:///PATH/TO/SOCKET")
+            _ = parts.port  # raises ValueError where it is no port
+        return url
