@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,10 +16,11 @@ from service.core.events import Records
 from service.core.features import Plan
 from service.core.spec import Aggregate, FeatureSpec, Session, Source
 from training import source
-from training.dataset import GOLDEN_CASES, Dataset, GoldenRow, TooLittleData
+from training.dataset import GOLDEN_CASES, Dataset, GoldenRow, Split, TooLittleData
 from training.source import UnreadableEvents
 
 CHUNK_ROWS: Final = 20_000
+STRANGERS: Final = 20
 
 
 @dataclass(frozen=True)
@@ -132,3 +133,30 @@ def _golden(chunk: Chunk) -> Iterator[GoldenRow]:
     for row in range(0, len(chunk.label), max(1, len(chunk.label) // GOLDEN_CASES)):
         traits = chunk.traits[chunk.trait_starts[row] : chunk.trait_starts[row + 1]]
         yield GoldenRow(np.empty(0, events.RECORD), traits, chunk.request[row], int(chunk.now_ms[row]))
+
+
+def with_strangers(dataset: Dataset, split: Split, plan: Plan) -> tuple[Dataset, Split]:
+    """Add rows of which nothing is known, so that a stranger scores as the average and not as all zeros.
+
+    Every STRANGERS-th row of each part but the last is added once more without its traits, with its label.
+    """
+    copied = [rows[::STRANGERS] for rows in (split.train, split.stop, split.calibrate)]
+    sources = np.concatenate(copied)
+    nothing = np.empty(0, events.RECORD), np.zeros(len(sources) + 1, np.int64)
+    unknown = np.full((len(sources), len(plan.request_columns)), np.nan, np.float32)
+    blank = features.matrix(plan, *nothing, dataset.cutoff_ms[sources], *nothing, unknown)
+    ends = len(dataset) + np.cumsum([len(rows) for rows in copied])
+    train, stop, calibrate = np.split(np.arange(len(dataset), ends[-1]), ends[:2] - len(dataset))
+    grown = Dataset(
+        np.concatenate((dataset.matrix, blank)),
+        np.concatenate((dataset.label, dataset.label[sources])),
+        np.concatenate((dataset.visitor, dataset.visitor[sources])),
+        np.concatenate((dataset.cutoff_ms, dataset.cutoff_ms[sources])),
+        dataset.golden,
+    )
+    return grown, replace(
+        split,
+        train=np.concatenate((split.train, train)),
+        stop=np.concatenate((split.stop, stop)),
+        calibrate=np.concatenate((split.calibrate, calibrate)),
+    )

@@ -99,6 +99,8 @@ def from_table(
     read = table.Table(path, spec)
     rows = table.build(read, plan)
     split = dataset.split(rows, None, options.seed)
+    if spec.rows.cold_start:
+        rows, split = table.with_strangers(rows, split, plan)
     data = {"files": [file.name for file in read.files], "rows": len(rows), "sha256": bundle.sha256(read.files[0])}
     return _train(rows, split, plan, spec_path, data, options, on_progress)
 
