@@ -88,7 +88,7 @@ async def served(url: str, visitors: list[str]) -> list[dict[str, Any]]:
 def test_ten_thousand_visitors_are_served_the_features_that_training_computes(
     shop: Path, service: str, environment: dict[str, str]
 ) -> None:
-    everyone = duckdb.sql(
+    everyone = duckdb.execute(
         f"SELECT DISTINCT coalesce(userId, anonymousId) AS visitor FROM '{shop / 'events.parquet'}' ORDER BY visitor"
     ).fetchall()
     visitors = [row[0] for row in everyone[: VISITORS - 10]] + [f"never-seen-{number}" for number in range(10)]

@@ -161,7 +161,7 @@ def _matured(log: EventLog, horizon_ms: int) -> int:
     if span_ms < MIN_HORIZONS * horizon_ms:
         day = 86_400_000
         raise TooLittleData(
-            f"the events span {span_ms / day:.2f} days, less than {MIN_HORIZONS} horizons of {horizon_ms / day:g} days; "
+            f"the events span {span_ms / day:.2f} days, less than {MIN_HORIZONS} horizons of {horizon_ms / day:g}; "
             f"give at least {MIN_HORIZONS * horizon_ms / day:.2f} days of history or a shorter label.horizon"
         )
     return log.summary.last_ms - horizon_ms
