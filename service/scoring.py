@@ -11,7 +11,7 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Annotated, Any, Final, NamedTuple
 
@@ -23,7 +23,7 @@ from service import metrics
 from service.core import events, features, segments
 from service.core.bundle import Bundle
 from service.core.events import FLOAT32_END, RECORD_BYTES, Records
-from service.core.features import Outputs, Plan
+from service.core.features import Plan
 from service.core.segments import SEGMENTS
 from service.core.spec import Feature, Request, Trait
 from service.errors import InvalidRequest, Place, ServiceError, StoreError, pointer
@@ -268,17 +268,7 @@ def override(plan: Plan, row: Matrix, values: Mapping[str, object]) -> None:
             wrong.append(Place(pointer(["features", name]), str(error)))
     if wrong:
         raise InvalidRequest(wrong)
-    features._fill_ratios(_without_ratios(plan, sorted(fixed)), row)
-
-
-def _without_ratios(plan: Plan, columns: Sequence[int]) -> Plan:
-    """The plan, but for the ratios in these columns, whose values are given."""
-    free = [np.isin(level.columns, columns, invert=True) for level in plan.ratios]
-    ratios = tuple(
-        Outputs(*(getattr(level, part.name)[keep] for part in fields(Outputs)))
-        for level, keep in zip(plan.ratios, free, strict=True)
-    )
-    return replace(plan, ratios=ratios)
+    features.fill_ratios(plan, row, sorted(fixed))
 
 
 def _feature_value(feature: Feature, value: object) -> float:

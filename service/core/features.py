@@ -8,8 +8,8 @@ taken, so that the number of numpy calls does not grow with the number of featur
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from graphlib import TopologicalSorter
 from typing import Any, Final
 
@@ -55,21 +55,23 @@ class Plan:
     spec: FeatureSpec
     dense_kind: npt.NDArray[np.uint8]  # [65536] catalogue code -> 0 ... K-1, or K where unknown
     sums: int
-    source: Ints  # [S]
+    used: tuple[int, ...]  # the sources that any slot takes
+    source: Ints  # [S] index into `used`
     counted: Bools  # [K + 1, S]; the last row, unknown kinds, is False
     window_ms: Ints  # [S]
     empty: Floats  # [S] what an event outside the window stands for: 0 or infinity
     session_slots: Ints  # slots that take events of the current session alone
     decay_rates: Floats  # [D] -1 / half-life in milliseconds
     distinct_kinds: tuple[Bools, ...]  # per set of kinds whose attributes are counted: [K + 1]
-    summed: Outputs
+    direct: Outputs  # one slot over a scale
     means: Outputs
-    extremes: Outputs
     latest: Outputs
     ratios: tuple[Outputs, ...]  # by depth: a ratio of ratios comes after them
     clocks: tuple[tuple[int, str, int], ...]  # column, part, offset in milliseconds
-    trait_ids: npt.NDArray[np.uint32]  # [T]
-    trait_keys: npt.NDArray[np.uint64]  # [C] sorted: trait column << 32 | hash of the category
+    trait_ids: npt.NDArray[np.uint32]  # [U] ascending, the traits that T features read
+    trait_of: Ints  # [T] index into trait_ids
+    trait_prefix: npt.NDArray[np.uint64]  # [T] the feature's place << 32
+    trait_keys: npt.NDArray[np.uint64]  # [C] ascending: trait_prefix | hash of the category
     trait_codes: npt.NDArray[np.float32]  # [C]
     trait_other: npt.NDArray[np.float32]  # [T]
     trait_is_text: Bools  # [T]
@@ -132,13 +134,13 @@ class _Builder:
     def add_sums(self, column: int, feature: object) -> None:
         """Slots and output of a feature that is a sum over events, or a mean."""
         if isinstance(feature, Session) and feature.session == "count":
-            self._add("summed", column, self._slot(_ONE, ("any",), "session"))
+            self._add("direct", column, self._slot(_ONE, ("any",), "session"))
         elif isinstance(feature, Aggregate) and feature.operation in ("count", "sum", "decay", "distinct", "mean"):
             slot = self._slot(self._summed_source(feature), feature.kinds, feature.window)
             if isinstance(feature, Mean):
                 self._add("means", column, slot, self._slot(_HAS_VALUE, feature.kinds, feature.window))
             else:
-                self._add("summed", column, slot)
+                self._add("direct", column, slot)
 
     def _summed_source(self, feature: Aggregate) -> int:
         if isinstance(feature, Decay):
@@ -150,11 +152,11 @@ class _Builder:
     def add_minima(self, column: int, feature: object) -> None:
         """Slot and output of a feature that is the minimum of something over events."""
         if isinstance(feature, Session) and feature.session == "duration":
-            self._add("extremes", column, self._slot(_OLDNESS, ("any",), "session"), scale=-1000)
+            self._add("direct", column, self._slot(_OLDNESS, ("any",), "session"), scale=-1000)
         elif isinstance(feature, Aggregate) and feature.operation in _MINIMA:
             source, scale = _MINIMA[feature.operation]
             slot = self._slot(source, feature.kinds, feature.window)
-            group = "latest" if feature.operation == "latest" else "extremes"
+            group = "latest" if feature.operation == "latest" else "direct"
             self._add(group, column, slot, scale=scale, absent=math.nan)
 
     def add_ratio(self, level: int, column: int, numerator: int, denominator: int, prior: tuple[float, float]) -> None:
@@ -198,13 +200,15 @@ def compile(spec: FeatureSpec) -> Plan:  # noqa: A001 - features.compile(spec) r
     counted = np.zeros((kinds + 1, len(builder.slots)), np.bool_)
     for (_, codes, _), slot in builder.slots.items():
         counted[list(codes), slot] = True
+    used = tuple(sorted({source for source, _, _ in builder.slots}))
     history = spec.limits.history
     windows = [window for _, _, window in builder.slots]
     return Plan(
         spec=spec,
         dense_kind=dense,
         sums=sums,
-        source=np.array([source for source, _, _ in builder.slots], np.int64),
+        used=used,
+        source=np.array([used.index(source) for source, _, _ in builder.slots], np.int64),
         counted=counted,
         window_ms=np.array(
             [min(window, history) if isinstance(window, int) else history for window in windows], np.int64
@@ -213,9 +217,8 @@ def compile(spec: FeatureSpec) -> Plan:  # noqa: A001 - features.compile(spec) r
         session_slots=np.array([slot for slot, window in enumerate(windows) if window == "session"], np.int64),
         decay_rates=np.array([-1 / half_life for half_life in builder.half_lives]),
         distinct_kinds=tuple(np.isin(np.arange(kinds + 1), codes) for codes in builder.distinct),
-        summed=builder.group("summed"),
+        direct=builder.group("direct"),
         means=builder.group("means"),
-        extremes=builder.group("extremes"),
         latest=builder.group("latest"),
         ratios=tuple(builder.group(f"ratio{level}") for level in range(max(levels.values(), default=-1) + 1)),
         clocks=tuple(
@@ -240,19 +243,32 @@ def _ratio_levels(spec: FeatureSpec) -> dict[str, int]:
 
 def _compile_traits(traits: Mapping[str, Trait], column: Mapping[str, int]) -> dict[str, Any]:
     coded = {
-        np.uint64(place << 32 | events.hash32(category)): code
+        place << 32 | events.hash32(category): code
         for place, feature in enumerate(traits.values())
         for category, code in feature.codes.items()
     }
-    keys = np.array(sorted(coded), np.uint64)
+    keys = sorted(coded)
+    ids, trait_of = np.unique([events.hash32(feature.trait) for feature in traits.values()], return_inverse=True)
     return {
-        "trait_ids": np.array([events.hash32(feature.trait) for feature in traits.values()], np.uint32),
-        "trait_keys": keys,
+        "trait_ids": ids.astype(np.uint32),
+        "trait_of": trait_of,
+        "trait_prefix": np.arange(len(traits), dtype=np.uint64) << np.uint64(32),
+        "trait_keys": np.array(keys, np.uint64),
         "trait_codes": np.array([coded[key] for key in keys], np.float32),
         "trait_other": np.array([feature.other for feature in traits.values()], np.float32),
         "trait_is_text": np.array([feature.categories is not None for feature in traits.values()], np.bool_),
         "trait_columns": np.array([column[name] for name in traits], np.int64),
     }
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Features of n rows, and what they were computed from."""
+
+    matrix: npt.NDArray[np.float32]  # [n, F]
+    events: Ints  # [n] how many events counted
+    last_age_ms: Ints  # [n] age of the latest of them; -1 without any
+    broken: int  # records that were left out because their check does not fit
 
 
 def matrix(
@@ -272,22 +288,53 @@ def matrix(
 
     Windows are half-open: an event at exactly `now` counts, one at exactly `now - window` does not.
     """
+    return evaluate(plan, records, starts, now_ms, traits, trait_starts, request).matrix
+
+
+def evaluate(
+    plan: Plan,
+    records: Records,
+    starts: Ints,
+    now_ms: Ints,
+    traits: Records | None = None,
+    trait_starts: Ints | None = None,
+    request: npt.NDArray[np.float32] | None = None,
+) -> Evaluated:
+    """What `matrix` gives, and from how many events of what age; the same arguments."""
     rows = len(now_ms)
-    out = np.full((rows, plan.width), np.nan, np.float32)
+    made = Evaluated(
+        np.full((rows, plan.width), np.nan, np.float32), np.zeros(rows, np.int64), np.full(rows, -1, np.int64), 0
+    )
+    broken = 0
+    with np.errstate(all="ignore"):  # 0 / 0 is NaN and a sum beyond float32 infinite, as documented
+        for first, end in _blocks(starts, rows):
+            block = select(plan, records[starts[first] : starts[end]], starts[first : end + 1], now_ms[first:end])
+            _fill(plan, made.matrix[first:end], block)
+            made.events[first:end] = block.counts
+            occupied = block.counts.nonzero()[0]
+            made.last_age_ms[first + occupied] = block.age_ms[(block.starts + block.counts - 1)[occupied]]
+            broken += block.broken
+        for column, part, offset_ms in plan.clocks:
+            made.matrix[:, column] = _clock(part, now_ms + offset_ms)
+        if traits is not None and trait_starts is not None and len(plan.trait_columns):
+            made.matrix[:, plan.trait_columns] = _trait_values(plan, traits, trait_starts, now_ms)
+        if request is not None and len(plan.request_columns):
+            made.matrix[:, plan.request_columns] = request
+        np.add(made.matrix, np.float32(0), out=made.matrix)  # -0.0 becomes 0.0: which came first must not show
+    fill_ratios(plan, made.matrix)
+    return replace(made, broken=broken) if broken else made
+
+
+def _blocks(starts: Ints, rows: int) -> Iterator[tuple[int, int]]:
+    """Bounds of blocks of rows with about BLOCK_EVENTS events each."""
     first = 0
     while first < rows:
-        end = int(np.searchsorted(starts, starts[first] + BLOCK_EVENTS, "right")) - 1
-        end = min(max(end, first + 1), rows, first + BLOCK_EVENTS)
-        block = records[starts[first] : starts[end]]
-        _fill(plan, out[first:end], block, starts[first : end + 1] - starts[first], now_ms[first:end])
+        end = rows
+        if starts[rows] - starts[first] > BLOCK_EVENTS or rows - first > BLOCK_EVENTS:
+            end = int(np.searchsorted(starts, starts[first] + BLOCK_EVENTS, "right")) - 1
+            end = min(max(end, first + 1), rows, first + BLOCK_EVENTS)
+        yield first, end
         first = end
-    if traits is not None and trait_starts is not None and len(plan.trait_ids):
-        out[:, plan.trait_columns] = _trait_values(plan, traits, trait_starts, now_ms)
-    if request is not None and len(plan.request_columns):
-        out[:, plan.request_columns] = request
-    out += np.float32(0)  # -0.0 becomes 0.0, which the order of events must not decide
-    _fill_ratios(plan, out)
-    return out
 
 
 @dataclass(frozen=True)
@@ -300,21 +347,24 @@ class _Block:
     counts: Ints  # [n]
     age_ms: Ints  # [E]
     kind: npt.NDArray[np.uint8]  # [E] dense
+    broken: int
 
 
 def select(plan: Plan, records: Records, starts: Ints, now_ms: Ints) -> _Block:
     """The events that count at `now_ms`, in canonical order (ts, kind, id), each once; the latest up to the limit."""
-    counts = np.diff(starts)
+    counts, ends = starts[1:] - starts[:-1], starts[1:] - starts[0]
     row = np.repeat(np.arange(len(counts)), counts)
     age = now_ms[row] - records["ts_ms"]
     kind = plan.dense_kind[records["kind"]]
     keep = events.valid(records)
-    keep &= age >= 0
-    keep &= age < plan.spec.limits.history
+    broken = len(keep) - int(np.count_nonzero(keep))
+    # As unsigned numbers negative ages, of events to come, are beyond any history.
+    keep &= age.view(np.uint64) < plan.spec.limits.history
     keep &= kind < len(plan.counted) - 1
-    if not keep.all():
+    if np.count_nonzero(keep) < len(keep):
         records, row, age, kind = records[keep], row[keep], age[keep], kind[keep]
         counts = np.bincount(row, minlength=len(counts))
+        ends = counts.cumsum()
     if not _in_order(records, row):
         order = events.canonical_order(records, row)
         records, row = records[order], row[order]
@@ -323,14 +373,14 @@ def select(plan: Plan, records: Records, starts: Ints, now_ms: Ints) -> _Block:
         records, row = records[keep], row[keep]
         age, kind = age[order], kind[order]
         counts = np.bincount(row, minlength=len(counts))
+        ends = counts.cumsum()
     limit = plan.spec.limits.records
-    ends = np.cumsum(counts)
-    if len(counts) and int(counts.max()) > limit:
+    if len(records) > limit and counts.max() > limit:
         keep = np.arange(len(records)) >= (ends - limit)[row]
         records, row, age, kind = records[keep], row[keep], age[keep], kind[keep]
         counts = np.minimum(counts, limit)
-        ends = np.cumsum(counts)
-    return _Block(records, row, ends - counts, counts, age, kind)
+        ends = counts.cumsum()
+    return _Block(records, row, ends - counts, counts, age, kind, broken)
 
 
 def _in_order(records: Records, row: Ints) -> bool:
@@ -338,28 +388,26 @@ def _in_order(records: Records, row: Ints) -> bool:
     ts = records["ts_ms"]
     behind = ts[1:] <= ts[:-1]
     behind &= row[1:] == row[:-1]
-    places = np.flatnonzero(behind)
-    if not len(places):
+    if not np.count_nonzero(behind):
         return True
+    places = np.flatnonzero(behind)
     before, after = records[places], records[places + 1]
     key = [part["kind"].astype(np.uint64) << np.uint64(32) | part["id"] for part in (before, after)]
     return bool(((before["ts_ms"] == after["ts_ms"]) & (key[0] < key[1])).all())
 
 
-def _fill(plan: Plan, out: npt.NDArray[np.float32], records: Records, starts: Ints, now_ms: Ints) -> None:
-    if len(plan.source):
-        block = select(plan, records, starts, now_ms)
-        slots = np.empty((len(now_ms), len(plan.source)))
-        slots[:] = plan.empty
-        occupied = np.flatnonzero(block.counts)
-        if len(occupied):
-            weights = np.where(_mask(plan, block), _sources(plan, block)[:, plan.source], plan.empty)
-            heads = block.starts[occupied]
-            slots[occupied, : plan.sums] = np.add.reduceat(weights[:, : plan.sums], heads, axis=0)
-            slots[occupied, plan.sums :] = np.minimum.reduceat(weights[:, plan.sums :], heads, axis=0)
-        _write(plan, out, slots, block)
-    for column, part, offset_ms in plan.clocks:
-        out[:, column] = _clock(part, now_ms + offset_ms)
+def _fill(plan: Plan, out: npt.NDArray[np.float32], block: _Block) -> None:
+    if not len(plan.source):
+        return
+    slots = np.empty((len(out), len(plan.source)))
+    slots[:] = plan.empty
+    if len(block.records):
+        weights = np.where(_mask(plan, block), _sources(plan, block)[:, plan.source], plan.empty)
+        occupied = block.counts > 0
+        heads = block.starts[occupied]
+        slots[occupied, : plan.sums] = np.add.reduceat(weights[:, : plan.sums], heads, axis=0)
+        slots[occupied, plan.sums :] = np.minimum.reduceat(weights[:, plan.sums :], heads, axis=0)
+    _write(plan, out, slots, block)
 
 
 def _mask(plan: Plan, block: _Block) -> Bools:
@@ -372,35 +420,44 @@ def _mask(plan: Plan, block: _Block) -> Bools:
 
 
 def _sources(plan: Plan, block: _Block) -> Floats:
-    """float64[E, sources]: what of each event is summed or minimised."""
+    """float64[E, sources]: what of each event is summed or minimised, in the order of `plan.used`."""
     value, age = block.records["value"], block.age_ms
     known = np.isfinite(value)
-    decays = len(plan.decay_rates)
-    sources = np.empty((len(value), _FIXED_SOURCES + decays + len(plan.distinct_kinds)))
-    sources[:, _ONE] = 1.0
-    sources[:, _VALUE] = np.where(known, value, np.float32(0))
-    sources[:, _HAS_VALUE] = known
-    sources[:, _AGE] = age
-    sources[:, _OLDNESS] = -age
-    sources[:, _LOW] = np.where(known, value, np.float32(np.inf))
-    sources[:, _HIGH] = np.where(known, -value, np.float32(np.inf))
-    sources[:, _PLACE] = np.where(known, -np.arange(len(value)), np.inf)
-    if decays:
-        np.exp2(age[:, None] * plan.decay_rates, out=sources[:, _FIXED_SOURCES : _FIXED_SOURCES + decays])
-    for place, kinds in enumerate(plan.distinct_kinds, _FIXED_SOURCES + decays):
-        sources[:, place] = _last_of_attribute(block, kinds)
+    sources = np.empty((len(value), len(plan.used)))
+    for column, source in enumerate(plan.used):
+        if source == _ONE:
+            sources[:, column] = 1.0
+        elif source == _VALUE:
+            sources[:, column] = np.where(known, value, np.float32(0))
+        elif source == _HAS_VALUE:
+            sources[:, column] = known
+        elif source == _AGE:
+            sources[:, column] = age
+        elif source == _OLDNESS:
+            np.negative(age, out=sources[:, column])
+        elif source == _LOW:
+            sources[:, column] = np.where(known, value, np.float32(np.inf))
+        elif source == _HIGH:
+            sources[:, column] = np.where(known, -value, np.float32(np.inf))
+        elif source == _PLACE:
+            sources[:, column] = np.where(known, -np.arange(len(value)), np.inf)
+        elif source < _FIXED_SOURCES + len(plan.decay_rates):
+            np.exp2(age * plan.decay_rates[source - _FIXED_SOURCES], out=sources[:, column])
+        else:
+            kinds = plan.distinct_kinds[source - _FIXED_SOURCES - len(plan.decay_rates)]
+            sources[:, column] = _last_of_attribute(block, kinds)
     return sources
 
 
 def _write(plan: Plan, out: npt.NDArray[np.float32], slots: Floats, block: _Block) -> None:
     """Feature columns from slots [n, S]."""
-    with np.errstate(over="ignore", invalid="ignore"):  # a sum beyond float32 is infinite; a mean of nothing NaN
-        out[:, plan.summed.columns] = slots[:, plan.summed.slots]
-        if len(plan.means.columns):
-            out[:, plan.means.columns] = slots[:, plan.means.slots] / slots[:, plan.means.others]
-    if len(plan.extremes.columns):
-        least = slots[:, plan.extremes.slots]
-        out[:, plan.extremes.columns] = np.where(np.isinf(least), plan.extremes.absent, least / plan.extremes.scale)
+    direct = slots[:, plan.direct.slots]
+    np.divide(direct, plan.direct.scale, out=direct)
+    if plan.sums < len(plan.source):
+        np.copyto(direct, plan.direct.absent, where=np.isinf(direct))
+    out[:, plan.direct.columns] = direct
+    if len(plan.means.columns):
+        out[:, plan.means.columns] = slots[:, plan.means.slots] / slots[:, plan.means.others]
     if len(plan.latest.columns) and len(block.records):
         least = slots[:, plan.latest.slots]
         nothing = np.isinf(least)
@@ -410,14 +467,15 @@ def _write(plan: Plan, out: npt.NDArray[np.float32], slots: Floats, block: _Bloc
 
 def _last_of_attribute(block: _Block, kinds: Bools) -> Bools:
     """bool[E]: the row's last event with this attribute. Whenever a window holds the attribute it holds that event."""
-    chosen = np.flatnonzero(kinds[block.kind] & (block.records["attribute"] != 0))
+    chosen = (kinds[block.kind] & (block.records["attribute"] != 0)).nonzero()[0]
     flags = np.zeros(len(block.kind), np.bool_)
     if len(chosen):
         key = block.row[chosen] << 32 | block.records["attribute"][chosen]
         order = np.argsort(key)
         ordered = key[order]
-        heads = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
-        flags[chosen[np.maximum.reduceat(order, heads)]] = True
+        first = np.ones(len(ordered), np.bool_)
+        np.not_equal(ordered[1:], ordered[:-1], out=first[1:])
+        flags[chosen[np.maximum.reduceat(order, first.nonzero()[0])]] = True
     return flags
 
 
@@ -425,9 +483,9 @@ def _in_session(plan: Plan, block: _Block) -> Bools:
     """bool[E]: whether no gap of `session_gap` or more lies between the event and `now`."""
     gap = plan.spec.limits.session_gap
     until_next = block.age_ms.copy()
-    until_next[:-1] -= np.where(block.row[1:] == block.row[:-1], block.age_ms[1:], 0)
+    until_next[:-1] -= block.age_ms[1:] * (block.row[1:] == block.row[:-1])
     last_break = np.full(len(block.counts), -1)
-    breaks = np.flatnonzero(until_next >= gap)
+    breaks = (until_next >= gap).nonzero()[0]
     last_break[block.row[breaks]] = breaks  # ascending, so the last one of a row stays
     return np.asarray(np.arange(len(block.row)) > last_break[block.row])
 
@@ -448,32 +506,42 @@ def _clock(part: str, local_ms: Ints) -> Floats:
 def _trait_values(plan: Plan, traits: Records, starts: Ints, now_ms: Ints) -> npt.NDArray[np.float32]:
     """float32[n, T]: the latest known value of each trait at `now_ms`, coded; NaN without one."""
     rows = len(now_ms)
-    values = np.full((rows, len(plan.trait_ids)), np.nan, np.float32)
-    row = np.repeat(np.arange(rows), np.diff(starts))
-    is_trait = (traits["kind"] == events.TRAIT_NUMBER) | (traits["kind"] == events.TRAIT_TEXT)
-    keep = events.valid(traits) & is_trait & (traits["ts_ms"] <= now_ms[row])
-    traits, row = traits[keep], row[keep]
-    order = events.canonical_order(traits, row)
-    order = order[events.first_of_each(traits[order], row[order])][::-1]
-    traits, row = traits[order], row[order]
-    for place, (identifier, is_text) in enumerate(zip(plan.trait_ids, plan.trait_is_text, strict=True)):
-        found = np.flatnonzero(traits["id"] == identifier)
-        known, latest = np.unique(row[found], return_index=True)
-        values[known, place] = _trait_codes(plan, place, bool(is_text), traits[found[latest]])
-    return values
-
-
-def _trait_codes(plan: Plan, place: int, is_text: bool, latest: Records) -> npt.NDArray[np.float32]:
-    if not is_text:
-        return np.where(np.isfinite(latest["value"]), latest["value"], np.float32(np.nan))
-    key = np.uint64(place << 32) | latest["attribute"].astype(np.uint64)
+    row = np.repeat(np.arange(rows), starts[1:] - starts[:-1])
+    place = np.searchsorted(plan.trait_ids, traits["id"])
+    np.minimum(place, len(plan.trait_ids) - 1, out=place)
+    keep = events.valid(traits)
+    keep &= traits["kind"] >= events.TRAIT_NUMBER
+    keep &= traits["ts_ms"] <= now_ms[row]
+    keep &= plan.trait_ids[place] == traits["id"]
+    if np.count_nonzero(keep) < len(keep):
+        traits, row, place = traits[keep], row[keep], place[keep]
+    if not _in_order(traits, row):
+        order = events.canonical_order(traits, row)
+        order = order[events.first_of_each(traits[order], row[order])]
+        traits, row, place = traits[order], row[order], place[order]
+    if not len(traits):
+        return np.full((rows, len(plan.trait_columns)), np.nan, np.float32)
+    latest = np.full((rows, len(plan.trait_ids)), -1)
+    latest[row, place] = np.arange(len(traits))  # of several the last one stays
+    latest = latest[:, plan.trait_of]
+    chosen = traits[latest]
+    known = latest >= 0
+    value = np.where(known & np.isfinite(chosen["value"]), chosen["value"], np.float32(np.nan))
+    if not len(plan.trait_keys):
+        return value
+    key = plan.trait_prefix | chosen["attribute"]
     at = np.minimum(np.searchsorted(plan.trait_keys, key), len(plan.trait_keys) - 1)
-    codes = np.where(plan.trait_keys[at] == key, plan.trait_codes[at], plan.trait_other[place])
-    return np.asarray(np.where(latest["kind"] == events.TRAIT_TEXT, codes, np.float32(np.nan)), np.float32)
+    codes = np.where(plan.trait_keys[at] == key, plan.trait_codes[at], plan.trait_other)
+    codes = np.where(known & (chosen["kind"] == events.TRAIT_TEXT), codes, np.float32(np.nan))
+    return np.where(plan.trait_is_text, codes, value)
 
 
-def _fill_ratios(plan: Plan, out: npt.NDArray[np.float32]) -> None:
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+def fill_ratios(plan: Plan, out: npt.NDArray[np.float32], fixed: Sequence[int] = ()) -> None:
+    """Compute the ratio columns of float32[n, F] from the others, in place; the columns `fixed` stay as they are."""
+    kept = out[:, fixed] if len(fixed) else None
+    with np.errstate(all="ignore"):
         for ratio in plan.ratios:
             above = out[:, ratio.slots].astype(np.float64) + ratio.scale
             out[:, ratio.columns] = above / (out[:, ratio.others].astype(np.float64) + ratio.absent)
+            if kept is not None:
+                out[:, fixed] = kept

@@ -181,7 +181,7 @@ def _request(feature: Request, value: object) -> float:
             value = "true" if value else "false"
         elif isinstance(value, (int, float)):
             value = f"{value:.0f}" if value == int(value) else str(value)
-        return _code(feature.categories, value) if isinstance(value, str) else math.nan
+        return _code(feature.categories, value) if isinstance(value, str) and value else math.nan
     return float(value) if isinstance(value, (bool, int, float)) and math.isfinite(float32(value)) else math.nan
 
 
