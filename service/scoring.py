@@ -177,11 +177,15 @@ def iso_8601(ms: int) -> str:
 
 def _score_by_model(bundle: Bundle, batch: _Batch) -> list[Score | ScoreFailure]:
     with metrics.stage("features"):
-        matrix = vectors(bundle.plan, batch.histories, batch.now_ms, [request.context for request in batch.requests])
-        failures = _override(bundle.plan, matrix, batch.requests)
-        activities = activity(bundle.plan, batch.histories, batch.now_ms)
+        found = evaluate(bundle.plan, batch.histories, batch.now_ms, [request.context for request in batch.requests])
+        metrics.BROKEN_RECORDS.inc(found.broken)
+        failures = _override(bundle.plan, found.matrix, batch.requests)
+    activities = [
+        Activity(count, age_ms / 1000 if count else None)
+        for count, age_ms in zip(found.events.tolist(), found.last_age_ms.tolist(), strict=True)
+    ]
     with metrics.stage("model"):
-        propensities = bundle.predict(matrix)
+        propensities = bundle.predict(found.matrix)
     return [
         failures.get(place)
         or batch.score(
@@ -211,25 +215,15 @@ def _score_by_rule(name: str | None, batch: _Batch) -> list[Score | ScoreFailure
     return scores
 
 
-def vectors(plan: Plan, histories: Sequence[History], now_ms: int, contexts: Sequence[Mapping[str, object]]) -> Matrix:
-    """float32[n, F]: the features of n visitors at one moment, each with the context of its request."""
+def evaluate(
+    plan: Plan, histories: Sequence[History], now_ms: int, contexts: Sequence[Mapping[str, object]]
+) -> features.Evaluated:
+    """The features of n visitors at one moment, each with the context of its request."""
     records, starts = _joined([history.events for history in histories])
     traits, trait_starts = _joined([history.traits for history in histories])
     moments = np.full(len(histories), now_ms, np.int64)
     request = np.array([plan.encode_request(context) for context in contexts], np.float32)
-    return features.matrix(plan, records, starts, moments, traits, trait_starts, request)
-
-
-def activity(plan: Plan, histories: Sequence[History], now_ms: int) -> list[Activity]:
-    """How many events of each visitor count for this plan, and the age of the last."""
-    records, starts = _joined([history.events for history in histories])
-    metrics.BROKEN_RECORDS.inc(int(np.count_nonzero(~events.valid(records))))
-    block = features.select(plan, records, starts, np.full(len(histories), now_ms, np.int64))
-    last = block.starts + block.counts - 1
-    return [
-        Activity(count, int(block.age_ms[place]) / 1000 if count else None)
-        for count, place in zip(block.counts.tolist(), last.tolist(), strict=True)
-    ]
+    return features.evaluate(plan, records, starts, moments, traits, trait_starts, request)
 
 
 def _joined(blobs: Sequence[bytes]) -> tuple[Records, npt.NDArray[np.int64]]:

@@ -19,7 +19,7 @@ from service.core.events import TRAIT_TEXT
 from service.errors import answers
 from service.ingest import LONGEST_ID, Catalogue
 from service.models import Models
-from service.scoring import iso_8601, unix_ms, vectors
+from service.scoring import evaluate, iso_8601, unix_ms
 from service.store import MOST_EVENTS, History, compact_traits
 
 router = APIRouter(prefix="/v1/visitors", tags=["visitors"])
@@ -114,7 +114,7 @@ def _text(models: Models, trait: str, attribute: int) -> str | None:
 
 
 def _features(bundle: Bundle, history: History, now_ms: int) -> dict[str, float | None]:
-    row = vectors(bundle.plan, [history], now_ms, [{}])[0]
+    row = evaluate(bundle.plan, [history], now_ms, [{}]).matrix[0]
     return {
         name: None if math.isnan(value) else value
         for name, value in zip(bundle.spec.names, np.asarray(row).tolist(), strict=True)

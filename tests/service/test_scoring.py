@@ -205,7 +205,7 @@ async def test_a_feature_cache_that_hangs_costs_the_deadline_and_no_more(
 
 
 def row_of(plan: Plan, overrides: dict[str, object]) -> dict[str, float]:
-    matrix = scoring.vectors(plan, [history(1)], NOW_MS, [{}])
+    matrix = scoring.evaluate(plan, [history(1)], NOW_MS, [{}]).matrix
     scoring.override(plan, matrix, overrides)
     return dict(zip(plan.spec.names, matrix[0].tolist(), strict=True))
 
