@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-dev run test lint format lock image clean system again
+.PHONY: help setup setup-dev run test lint format examples bench-features fresh-run lock image clean system again
 
 BIN := .venv/bin
 PORT ?= 8000
@@ -15,7 +15,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 	$$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done)
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: .venv/.ready ## Build .venv with the `propensity` command, to train and to serve
 
@@ -36,6 +36,17 @@ lint: .venv/.ready-dev ## Check style (ruff) and types (mypy, strict)
 format: .venv/.ready-dev ## Format the code and repair what ruff can
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
+
+DATA ?= data
+
+examples: .venv/.ready-dev ## Train, serve and score every example on its data in DATA=DIRECTORY; writes docs/results.md
+	@$(BIN)/python examples/results.py $(DATA)
+
+bench-features: .venv/.ready-dev ## Measure how many feature rows a core computes in a second
+	@$(BIN)/python -m loadtest.bench_features
+
+fresh-run: ## Clone this checkout and time its `make run` to the first score, first start and second
+	@$(or $(PYTHON),python3) loadtest/fresh_run.py
 
 image: ## Build the serving image with the models in artifacts/
 	docker build --tag propensity .
