@@ -18,6 +18,7 @@ from pydantic.json_schema import models_json_schema
 from service import embedded, errors, models
 from service.api import events, health, inference, scores, visitors
 from service.api import models as models_api
+from service.api.express import ExpressLane
 from service.api.state import State
 from service.api.tensors import InferIn
 from service.metrics import RequestTimer
@@ -50,6 +51,7 @@ def create_app(settings: Settings) -> FastAPI:
     for noun in (scores, events, visitors, models_api, inference, health):
         app.include_router(noun.router)
     app.add_middleware(RequestTimer)
+    app.add_middleware(ExpressLane)
     errors.install(app)
     app.openapi = _openapi(app)  # type: ignore[method-assign]
     return app

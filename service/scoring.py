@@ -10,6 +10,7 @@ import asyncio
 import math
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -93,12 +94,44 @@ class ScoreFailure:
 
 
 class Scorer:
-    """Scores visitors. One per process; holds no state of its own."""
+    """Scores visitors. One per process.
+
+    Requests that come one by one while others are being scored wait for each other: whatever has queued meanwhile is
+    taken up next as one group, with one read, one call of the kernel and one of the model. Nobody waits for company.
+    """
 
     def __init__(
         self, store: Store, models: Models, *, deadline_ms: float, now_ms: Callable[[], int] = unix_ms
     ) -> None:
         self._store, self._models, self._deadline_ms, self._now_ms = store, models, deadline_ms, now_ms
+        self._queue: deque[_Waiting] = deque()
+        self._drain: asyncio.Task[None] | None = None
+
+    async def score_one(self, request: ScoreRequest) -> Score | ScoreFailure:
+        """The score of one request, together with those that wait beside it."""
+        answer: asyncio.Future[Score | ScoreFailure] = asyncio.get_running_loop().create_future()
+        self._queue.append(_Waiting(request, answer))
+        if self._drain is None:
+            self._drain = asyncio.create_task(self._score_waiting())
+        return await answer
+
+    async def _score_waiting(self) -> None:
+        try:
+            while self._queue:
+                group = [self._queue.popleft() for _ in range(min(len(self._queue), GROUP))]
+                group = [one for one in group if not one.answer.done()]  # its client went away
+                try:
+                    scores = await self._score_group([one.request for one in group])
+                except Exception as error:  # a bug: each request of the group reports it, those to come are scored
+                    for one in group:
+                        if not one.answer.done():
+                            one.answer.set_exception(error)
+                    continue
+                for one, score in zip(group, scores, strict=True):
+                    if not one.answer.done():
+                        one.answer.set_result(score)
+        finally:
+            self._drain = None
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[Score | ScoreFailure]:
         """The score of each request, in order; all are scored at the moment they are taken up."""
@@ -136,6 +169,13 @@ class Scorer:
                     return await self._store.read(visitor_ids)
             except (StoreError, TimeoutError):
                 return None
+
+
+class _Waiting(NamedTuple):
+    """A request of its own, and where its answer is awaited."""
+
+    request: ScoreRequest
+    answer: asyncio.Future[Score | ScoreFailure]
 
 
 @dataclass(frozen=True, slots=True)

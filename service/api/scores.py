@@ -116,7 +116,7 @@ _EXAMPLE: Final = {
 )
 async def score(request: ScoreIn, scorer: CurrentScorer) -> Response:
     """Score one visitor, known or not. What is missing is named in `degraded`; it is no error."""
-    [result] = await scorer.score([request.asked()])
+    result = await scorer.score_one(request.asked())
     if isinstance(result, ScoreFailure):
         raise result.error
     return _respond(result)
