@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-dev run test lint format examples bench-features fresh-run lock image clean system again
+.PHONY: help setup setup-dev run test lint format examples bench bench-features fresh-run lock image clean system again
 
 BIN := .venv/bin
 PORT ?= 8000
@@ -41,6 +41,9 @@ DATA ?= data
 
 examples: .venv/.ready-dev ## Train, serve and score every example on its data in DATA=DIRECTORY; writes docs/results.md
 	@$(BIN)/python examples/results.py $(DATA)
+
+bench: .venv/.ready-dev ## Compare scores a second with a plain service and with bare uvicorn (needs wrk and redis-server)
+	@$(BIN)/python -m loadtest.bench_serving
 
 bench-features: .venv/.ready-dev ## Measure how many feature rows a core computes in a second
 	@$(BIN)/python -m loadtest.bench_features

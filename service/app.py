@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import sys
@@ -72,6 +73,7 @@ def serve(settings: Settings) -> None:
             http="httptools",
             access_log=False,
             server_header=False,
+            proxy_headers=False,
             log_config=None,
         )
     finally:
@@ -113,7 +115,13 @@ async def open_state(settings: Settings) -> AsyncIterator[State]:
     loaded = models.load(settings.artifacts, settings.default_model)
     async with open_store(settings, loaded.history_ms) as store:
         scorer = Scorer(store, loaded, deadline_ms=settings.deadline_ms)
-        yield State(settings=settings, models=loaded, store=store, scorer=scorer)
+        # What lives as long as the process need not be looked at in every collection.
+        gc.collect()
+        gc.freeze()
+        try:
+            yield State(settings=settings, models=loaded, store=store, scorer=scorer)
+        finally:
+            gc.unfreeze()
 
 
 def _openapi(app: FastAPI) -> Callable[[], dict[str, Any]]:

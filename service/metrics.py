@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Final
 
 from prometheus_client import (
@@ -79,6 +80,12 @@ def set_models(loaded: Mapping[str, str], refused: int) -> None:
         MODEL_INFO.labels(name, version).set(1)
 
 
+@cache
+def scores(model: str, version: str, segment: str) -> Counter:
+    """The counter of scores of one segment; looked up once, since labels() costs as much as a feature."""
+    return SCORES.labels(model, version, segment)
+
+
 @contextmanager
 def stage(name: str) -> Iterator[None]:
     """Time a stage of scoring, also where it fails."""
@@ -86,7 +93,12 @@ def stage(name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        STAGE_SECONDS.labels(name).observe(time.perf_counter() - started)
+        _stage(name).observe(time.perf_counter() - started)
+
+
+@cache
+def _stage(name: str) -> Histogram:
+    return STAGE_SECONDS.labels(name)
 
 
 def exposition() -> bytes:

@@ -145,12 +145,14 @@ class Scorer:
         histories = await self._read([request.visitor_id for request in requests])
         known = histories or [History()] * len(requests)
         degraded = [] if histories is not None else ["store"]
+        at = iso_8601(now_ms)
         scores: list[Score | ScoreFailure | None] = [None] * len(requests)
         by_model: dict[str | None, list[int]] = {}
         for place, request in enumerate(requests):
             by_model.setdefault(request.model, []).append(place)
         for name, chosen in by_model.items():
-            batch = _Batch([requests[place] for place in chosen], [known[place] for place in chosen], now_ms, degraded)
+            asked, histories_of = [requests[place] for place in chosen], [known[place] for place in chosen]
+            batch = _Batch(asked, histories_of, now_ms, at, degraded)
             for place, answer in zip(chosen, self._score_batch(name, batch), strict=True):
                 scores[place] = answer
         return [answer for answer in scores if answer is not None]
@@ -185,17 +187,18 @@ class _Batch:
     requests: Sequence[ScoreRequest]
     histories: Sequence[History]
     now_ms: int
+    scored_at: str
     degraded: Sequence[str]
 
     def score(self, place: int, activity: Activity, reasons: Sequence[str] = (), **decided: Any) -> Score:
         degraded = [*self.degraded, *reasons]
         for reason in degraded:
             metrics.DEGRADED.labels(reason).inc()
-        metrics.SCORES.labels(decided["model"] or "", decided["version"] or "", decided["segment"]).inc()
+        metrics.scores(decided["model"] or "", decided["version"] or "", decided["segment"]).inc()
         return Score(
             score_id=str(uuid.uuid4()),
             visitor_id=self.requests[place].visitor_id,
-            scored_at=iso_8601(self.now_ms),
+            scored_at=self.scored_at,
             events=activity.events,
             last_event_age_s=activity.last_event_age_s,
             degraded=degraded,

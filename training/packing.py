@@ -68,7 +68,7 @@ def pack(directory: Path, contents: Contents) -> Manifest:
     scores = probability.astype(np.float32)
     described = reference.describe(spec, rows.matrix, scores)
     _write_json(directory / "reference.json", described.model_dump(mode="json"))
-    golden = _golden(rows.golden, contents.plan, fitted)
+    golden = golden_cases(rows.golden, contents.plan, fitted)
     _write_json(directory / "golden.json", [case.model_dump(mode="json") for case in golden])
     cuts = dict(zip(segments.SEGMENTS, segments.cutoffs(scores, spec.segments), strict=False))
     version = f"{now:%Y%m%d}-{bundle.sha256(directory / 'model.onnx')[:8]}"
@@ -103,7 +103,8 @@ def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _golden(rows: Sequence[GoldenRow], plan: Plan, fitted: Fitted) -> list[Golden]:
+def golden_cases(rows: Sequence[GoldenRow], plan: Plan, fitted: Fitted) -> list[Golden]:
+    """What each row is made from, with its vector and score, as `golden.json` has it."""
     cases = [
         Golden(
             records=base64.b64encode(row.records.tobytes()),

@@ -452,12 +452,12 @@ class FeatureSpec(_Model):
         text = json.dumps(self.model_dump(mode="json", exclude={"source", "fit", "segments"}))
         return hashlib.sha256(text.encode()).hexdigest()
 
-    @property
+    @cached_property
     def traits(self) -> dict[str, Trait]:
         """Features that read traits, by feature name."""
         return {name: feature for name, feature in self.features.items() if isinstance(feature, Trait)}
 
-    @property
+    @cached_property
     def requests(self) -> dict[str, Request]:
         """Features that read the request's context, by feature name."""
         return {name: feature for name, feature in self.features.items() if isinstance(feature, Request)}
