@@ -30,11 +30,11 @@ def serve(
     first_answer: Annotated[bool, typer.Option(help="Show an answer once the service is ready.")] = False,
 ) -> None:
     """Run the scoring service. Every setting: PROPENSITY_* variables, see docs/settings.md."""
+    from service import settings as service_settings
     from service.app import serve as run
-    from service.settings import Settings
 
     given = {"host": host, "port": port, "artifacts": artifacts}
-    settings = Settings.model_validate({name: value for name, value in given.items() if value is not None})
+    settings = service_settings.load(**{name: value for name, value in given.items() if value is not None})
     if first_answer:
         _answer_when_ready(f"http://{settings.host}:{settings.port}")
     run(settings)
@@ -50,16 +50,18 @@ def replay(
 ) -> None:
     """Load history into the feature cache. Resumes where it was cut off; running it twice changes nothing."""
     from cli import history
-    from service.settings import Settings
+    from service import settings
 
     paths = [*events, *(more or [])]
     if bool(paths) == (table is not None):
         raise PropensityError("give either --events FILES or --table FILE")
     with stages() as report:
         if table is not None:
-            loaded = asyncio.run(history.replay_table(table, spec, Settings(), report))
+            loaded = asyncio.run(history.replay_table(table, spec, settings.load(), report))
         else:
-            loaded = asyncio.run(history.replay_events(paths, spec, Settings(), max_bad_rows, memory_limit, report))
+            loaded = asyncio.run(
+                history.replay_events(paths, spec, settings.load(), max_bad_rows, memory_limit, report)
+            )
     if loaded.visitors:
         console.print(f"{loaded.visitors:,} visitors, {loaded.added:,} records added to the feature cache.")
     else:
@@ -113,7 +115,7 @@ def _answer_when_ready(url: str) -> None:
 
     def show() -> None:
         from cli import history
-        from service.settings import Settings
+        from service import settings
 
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
@@ -122,7 +124,7 @@ def _answer_when_ready(url: str) -> None:
                     break
             except OSError:
                 time.sleep(0.05)
-        visitor = asyncio.run(history.some_visitor(Settings())) or "somebody-new"
+        visitor = asyncio.run(history.some_visitor(settings.load())) or "somebody-new"
         body = json.dumps({"visitor_id": visitor, "context": {"referrer": "email"}})
         answer = json.dumps(_ask(f"{url}/v1/score", json.loads(body)), indent=2)
         print(f"\n$ curl -s {url}/v1/score -H 'Content-Type: application/json' -d '{body}'\n{answer}\n", flush=True)

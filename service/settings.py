@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from service.core.errors import PropensityError
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -85,3 +87,15 @@ class Settings(BaseSettings):
                 raise ValueError("write redis://HOST:6379/0, rediss://HOST:6379/0 or unix:///PATH/TO/SOCKET")
             _ = parts.port  # raises ValueError where it is no port
         return url
+
+
+def load(**given: object) -> Settings:
+    """Settings from the environment, with what is `given` before it. Raises PropensityError naming what is wrong."""
+    try:
+        return Settings.model_validate(given)
+    except ValidationError as error:
+        wrong = [
+            f"PROPENSITY_{str(item['loc'][0]).upper()}: {item['msg'].removeprefix('Value error, ')}"
+            for item in error.errors(include_input=False)
+        ]
+        raise PropensityError("; ".join(wrong)) from None

@@ -189,7 +189,7 @@ def test_a_path_inside_something_else_is_not_taken_for_one(text: str) -> None:
 
 
 def test_the_console_script_is_the_propensity_command() -> None:
-    assert PYPROJECT["project"]["scripts"] == {"propensity": "cli.main:app"}
+    assert PYPROJECT["project"]["scripts"] == {"propensity": "cli.main:main"}
 
 
 def test_the_licence_is_the_one_declared() -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from service.settings import Settings
+from service.core.errors import PropensityError
+from service.settings import Settings, load
 
 
 @pytest.fixture(autouse=True)
@@ -50,3 +51,10 @@ def test_a_password_is_not_shown() -> None:
 def test_values_that_would_break_something_are_refused(change: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         Settings(**change)  # type: ignore[arg-type]
+
+
+def test_a_wrong_setting_is_named_as_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PROPENSITY_PORT", "abc")
+    with pytest.raises(PropensityError, match="PROPENSITY_PORT: .*integer"):
+        load()
+    assert load(port=9000).port == 9000
