@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-dev run test lint format examples bench bench-features fresh-run lock image clean system again
+.PHONY: help setup setup-dev run test lint format examples bench bench-features bench-training fresh-run lock image clean system again
 
 BIN := .venv/bin
 PORT ?= 8000
@@ -47,6 +47,9 @@ bench: .venv/.ready-dev ## Compare scores a second with a plain service and with
 
 bench-features: .venv/.ready-dev ## Measure how many feature rows a core computes in a second
 	@$(BIN)/python -m loadtest.bench_features
+
+bench-training: .venv/.ready-dev ## Measure time and memory of simulating and of training on 1 and 20 million events
+	@$(BIN)/python -m loadtest.bench_training
 
 fresh-run: ## Clone this checkout and time its `make run` to the first score, first start and second
 	@$(or $(PYTHON),python3) loadtest/fresh_run.py
