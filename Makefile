@@ -66,7 +66,7 @@ clean: ## Remove .venv, .run and caches; trained models in artifacts/ stay
 again:
 
 $(SHOP): | .venv/.ready
-	@$(BIN)/propensity simulate --out $(@D) --events 200000 --seed 1
+	@$(BIN)/propensity simulate --out $(@D) --events 400000 --seed 1
 
 .run/trained: $(SHOP) $(SPEC) $(if $(wildcard artifacts/*/aliases.json),,again)
 	@$(BIN)/propensity train --events $(SHOP) --spec $(SPEC) --artifacts artifacts

@@ -140,7 +140,7 @@ def pointer(location: Iterable[object]) -> str:
 
 def places(error: ValidationError | RequestValidationError) -> list[Place]:
     """Each wrong place that pydantic found."""
-    return [_place(item["loc"], item["msg"]) for item in error.errors()]
+    return [_place(item["loc"], item["msg"].removeprefix("Value error, ")) for item in error.errors()]
 
 
 def _place(location: Sequence[object], message: str) -> Place:
@@ -153,7 +153,8 @@ def _place(location: Sequence[object], message: str) -> Place:
 
 def body_of(error: ServiceError, instance: str) -> dict[str, Any]:
     """The members of the problem that `error` is."""
-    title = error.code.replace("-", " ").capitalize()
+    words = error.code.replace("-", " ").replace("json", "JSON")
+    title = words[:1].upper() + words[1:]
     return _members(f"urn:propensity:problem:{error.code}", title, error.status, str(error), instance, error.places)
 
 

@@ -279,6 +279,7 @@ def compact_traits(blob: bytes, now_ms: int) -> bytes:
     known = events.from_bytes(_aligned(blob))
     known = known[events.valid(known)]
     known = known[events.canonical_order(known)]
+    known = known[events.first_of_each(known)]
     keep = known["ts_ms"] > now_ms
     backwards = np.flatnonzero(~keep)[::-1]
     keep[backwards[np.unique(known["id"][backwards], return_index=True)[1]]] = True

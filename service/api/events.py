@@ -45,7 +45,7 @@ class Event(BaseModel):
     user_id: str | float | None = Field(None, alias="userId", description="The visitor, once known.")
     anonymous_id: str | float | None = Field(None, alias="anonymousId", description="The visitor before that.")
     message_id: str | float | None = Field(
-        None, alias="messageId", description="Id of the event: what is sent again with the same one counts once."
+        None, alias="messageId", description="Id of the event: sent again with the same id and timestamp it counts once."
     )
     timestamp: str | float | None = Field(
         None, description="ISO 8601, UTC unless it says, or epoch in ms or s; now if left out."
@@ -98,7 +98,8 @@ async def send_events(
 ) -> EventsOut:
     """Take one event, or many as `{"batch": [...]}`, each with its own result.
 
-    What is accepted is in the next score. Sending events again is safe. After 503 nothing is certain; send all again.
+    What is accepted is in the next score. Events with a timestamp can be sent again without harm. After
+    503 nothing is certain; send all again.
     """
     if not models.bundles:
         raise ModelNotReady("no model is loaded, so no event is known; put one into the artifacts directory, restart")
