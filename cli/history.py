@@ -10,14 +10,15 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from cli.progress import Report
 from service.app import open_store
 from service.settings import Settings
 from service.store import History, Store
-from training import source, specfile, table
-from training.source import EventLog, Partition
+
+if TYPE_CHECKING:  # the serving image has no training side, and asks `some_visitor` all the same
+    from training.source import EventLog, Partition
 
 VISITORS_AT_ONCE: Final = 500
 
@@ -39,6 +40,8 @@ async def replay_events(
     paths: Sequence[str], spec_path: Path, settings: Settings, max_bad_rows: int, memory_limit: str, report: Report
 ) -> Loaded:
     """Load event files. What an interrupted replay of the same files had finished is skipped."""
+    from training import source, specfile
+
     spec = specfile.load(spec_path)
     loaded = Loaded()
     with tempfile.TemporaryDirectory(prefix="propensity-") as workdir:
@@ -79,22 +82,23 @@ async def _add(store: Store, additions: Mapping[str, History], loaded: Loaded) -
     loaded.visitors += len(additions)
 
 
-async def replay_table(path: str, spec_path: Path, settings: Settings, report: Report) -> Loaded:
-    """Load the traits of a table, one visitor a row."""
+async def replay_table(path: str, spec_path: Path, settings: Settings, max_bad_rows: int, report: Report) -> Loaded:
+    """Load the traits of a table, one or more rows a visitor."""
+    from training import specfile, table
+
     spec = specfile.load(spec_path)
     loaded = Loaded()
     report("Loading visitors", 0)
+    read = table.Table(path, spec)
     async with _store(settings, spec.limits.history) as store:
-        for chunk in table.Table(path, spec).chunks(labelled=False):
+        for chunk in read.chunks(labelled=False):
             for first in range(0, len(chunk.visitor_ids), VISITORS_AT_ONCE):
-                rows = range(first, min(first + VISITORS_AT_ONCE, len(chunk.visitor_ids)))
-                additions = {
-                    chunk.visitor_ids[row]: History(
-                        b"", chunk.traits[chunk.trait_starts[row] : chunk.trait_starts[row + 1]].tobytes()
-                    )
-                    for row in rows
-                }
-                await _add(store, additions, loaded)
+                traits: dict[str, bytes] = {}
+                for row in range(first, min(first + VISITORS_AT_ONCE, len(chunk.visitor_ids))):
+                    known = chunk.traits[chunk.trait_starts[row] : chunk.trait_starts[row + 1]].tobytes()
+                    traits[chunk.visitor_ids[row]] = traits.get(chunk.visitor_ids[row], b"") + known
+                await _add(store, {visitor: History(b"", known) for visitor, known in traits.items()}, loaded)
+    read.bad(max_bad_rows, labelled=False)
     return loaded
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import NoReturn
 
 import typer
 
@@ -13,7 +14,6 @@ app = typer.Typer(
     name="propensity",
     help="Real-time propensity scores: from raw events to a trained model to an answer in milliseconds.",
     epilog="Begin with: propensity simulate, train, replay, serve, score - in this order.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -22,12 +22,22 @@ online.register(app)
 
 
 def main() -> None:
-    """Run the command; an error that a person can mend is printed without a traceback and exits with 2."""
+    """Run the command; what a person can mend is told in one line, without a traceback, and exits with 2."""
     try:
-        app()
+        status = app(sys.argv[1:] or ["--help"], prog_name="propensity", standalone_mode=False)
     except PropensityError as error:
-        print(f"propensity: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error))
+    except typer.TyperException as error:
+        asked = getattr(error, "ctx", None)
+        _fail(f"{error.format_message()} See {asked.command_path if asked else 'propensity'} --help")
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    sys.exit(status)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"propensity: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

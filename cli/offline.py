@@ -19,6 +19,7 @@ MoreEvents = Annotated[list[str] | None, typer.Argument(help="More event files."
 Spec = Annotated[Path, typer.Option("--spec", help="Feature spec (YAML); see examples/ and docs/feature-spec.md.")]
 MaxBadRows = Annotated[int, typer.Option(min=0, help="Rows without visitor or readable timestamp to put up with.")]
 MemoryLimit = Annotated[str, typer.Option(help="Memory DuckDB may use before it spills to disk, e.g. 1GB.")]
+MAX_SEED = 2**31 - 1  # LightGBM takes 32 bits
 
 
 def register(app: typer.Typer) -> None:
@@ -37,7 +38,7 @@ def simulate(
     truth: Annotated[bool, typer.Option(help="Also write the true propensity after every event.")] = False,
 ) -> None:
     """Make up a believable shop: visitors, sessions, carts, purchases, bots, late and duplicate events."""
-    _need("training.simulate")
+    need("training.simulate")
     from training import simulate as simulation
 
     shop = simulation.sized(simulation.Shop(days=days, seed=seed, end=_moment(end)), events)
@@ -61,7 +62,7 @@ def train(
     more: MoreEvents = None,
     table: Annotated[str | None, typer.Option(help="Instead of events: a file with one row a visitor.")] = None,
     artifacts: Annotated[Path, typer.Option(help="Where bundles go: MODEL/VERSION/.")] = Path("artifacts"),
-    seed: Annotated[int, typer.Option(help="Seed of sampling, splitting and fitting.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of sampling, splitting and fitting.")] = 0,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of LightGBM (half the cores unless given).")
     ] = None,
@@ -72,7 +73,7 @@ def train(
     predictions: Annotated[Path | None, typer.Option(help="Also write the test rows' scores (Parquet).")] = None,
 ) -> None:
     """Train a model from raw events (or a table), calibrate it, judge it and write a bundle with a report."""
-    _need("training.train")
+    need("training.train")
     from cli.summary import print_trained
     from training import train as training
 
@@ -102,7 +103,7 @@ def export(
     out: Annotated[Path, typer.Option(help="Directory for model.onnx and parity.json.")],
 ) -> None:
     """Turn any LightGBM binary booster into ONNX that scores exactly the same; nothing is written unless it does."""
-    _need("training.export")
+    need("training.export")
     from training import export as exporting
 
     with stages() as report:
@@ -120,7 +121,7 @@ def features(
     memory_limit: MemoryLimit = "1GB",
 ) -> None:
     """Compute the features of visitors at given moments: what the service would have seen then."""
-    _need("training.point_in_time")
+    need("training.point_in_time")
     from training import point_in_time
 
     paths = [*events, *(more or [])]
@@ -143,8 +144,8 @@ def _moment(text: str) -> datetime.datetime:
     return moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)
 
 
-def _need(module: str) -> None:
-    """Raise a clear error where the libraries for training are not installed."""
+def need(module: str) -> None:
+    """Import a module; raises a clear error where the libraries for training are not installed."""
     import importlib
 
     try:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import time
 import urllib.error
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from cli.offline import Events, MaxBadRows, MemoryLimit, MoreEvents, Spec
+from cli.offline import Events, MaxBadRows, MemoryLimit, MoreEvents, Spec, need
 from cli.progress import console, stages
 from service.core.errors import PropensityError
 
@@ -49,6 +51,7 @@ def replay(
     memory_limit: MemoryLimit = "1GB",
 ) -> None:
     """Load history into the feature cache. Resumes where it was cut off; running it twice changes nothing."""
+    need("training.source")
     from cli import history
     from service import settings
 
@@ -57,7 +60,7 @@ def replay(
         raise PropensityError("give either --events FILES or --table FILE")
     with stages() as report:
         if table is not None:
-            loaded = asyncio.run(history.replay_table(table, spec, settings.load(), report))
+            loaded = asyncio.run(history.replay_table(table, spec, settings.load(), max_bad_rows, report))
         else:
             loaded = asyncio.run(
                 history.replay_events(paths, spec, settings.load(), max_bad_rows, memory_limit, report)
@@ -88,25 +91,37 @@ def models(url: Annotated[str, typer.Option(help="Where the service runs.")] = "
     print(json.dumps(_ask(f"{url}/v1/models"), indent=2))
 
 
-def _pair(text: str) -> tuple[str, str]:
+def _pair(text: str) -> tuple[str, str | float]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise PropensityError(f"{text!r} is no field; write NAME=VALUE, as referrer=ads")
-    return name, value
+    try:
+        number = json.loads(value)
+    except ValueError:
+        number = None
+    return name, number if type(number) in (int, float) else value
 
 
 def _ask(url: str, body: Any = None) -> Any:
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     try:
+        request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=10) as answer:
             return json.load(answer)
     except urllib.error.HTTPError as error:
-        problem = json.loads(error.read() or b"{}")
-        raise PropensityError(f"{url} answers {error.code}: {problem.get('detail', error.reason)}") from None
-    except (urllib.error.URLError, TimeoutError) as error:
+        raise PropensityError(f"{url} answers {error.code}: {_detail(error)}") from None
+    except (OSError, HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise PropensityError(f"{url} cannot be reached ({reason}); start it with propensity serve") from None
+    except ValueError as error:
+        raise PropensityError(f"{url} is no propensity service ({error}); write --url http://127.0.0.1:8000") from None
+
+
+def _detail(error: urllib.error.HTTPError) -> str:
+    try:
+        return str(json.loads(error.read())["detail"])
+    except (ValueError, KeyError, TypeError):
+        return error.reason
 
 
 def _answer_when_ready(url: str) -> None:
@@ -124,9 +139,13 @@ def _answer_when_ready(url: str) -> None:
                     break
             except OSError:
                 time.sleep(0.05)
-        visitor = asyncio.run(history.some_visitor(settings.load())) or "somebody-new"
-        body = json.dumps({"visitor_id": visitor, "context": {"referrer": "email"}})
-        answer = json.dumps(_ask(f"{url}/v1/score", json.loads(body)), indent=2)
+        try:
+            visitor = asyncio.run(history.some_visitor(settings.load())) or "somebody-new"
+            body = json.dumps({"visitor_id": visitor, "context": {"referrer": "email"}})
+            answer = json.dumps(_ask(f"{url}/v1/score", json.loads(body)), indent=2)
+        except PropensityError as error:
+            print(f"propensity: no first answer: {error}", file=sys.stderr)
+            return
         print(f"\n$ curl -s {url}/v1/score -H 'Content-Type: application/json' -d '{body}'\n{answer}\n", flush=True)
         print(f"Documentation: {url}/docs    Metrics: {url}/metrics    Stop with Ctrl-C.", flush=True)
 

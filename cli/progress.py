@@ -15,9 +15,12 @@ console = Console(stderr=True)
 
 @contextmanager
 def stages() -> Iterator[Report]:
-    """A callback told (stage, share done); each new stage gets a line, which is full when the next one begins."""
+    """A callback told (stage, share done); each new stage gets a line, which is full when the next one begins.
+
+    Where stderr is no terminal nothing is drawn: a log holds results and errors alone.
+    """
     columns = (SpinnerColumn(finished_text="✓"), TextColumn("{task.description:24}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         tasks: dict[str, int] = {}
 
         def finish() -> None:

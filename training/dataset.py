@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import numpy as np
@@ -25,7 +25,7 @@ GOLDEN_CASES: Final = 24
 GOLDEN_RECORDS: Final = 128
 MIN_OF_EACH_CLASS: Final = 100
 MIN_HORIZONS: Final = 1.5
-_TIME_BITS: Final = 43  # 278 years of milliseconds; leaves 20 bits, a million visitors, for the partition
+_KEY_BITS: Final = 63
 
 
 class TooLittleData(PropensityError):
@@ -120,7 +120,7 @@ def build(
         if on_progress is not None:
             on_progress(index + 1, log.partitions)
     sample.shrink()
-    if not sample.parts:
+    if not any(map(len, sample.parts)):
         raise TooLittleData("no training rows: no event of rows.after has a full horizon after it; give more history")
     made = _joined(sample.parts)
     return take(made, np.lexsort((made.visitor, made.cutoff_ms)))
@@ -172,17 +172,24 @@ class View:
 
     def __init__(self, partition: Partition) -> None:
         self.partition = partition
-        stamps = [part["ts_ms"].min() for part in (partition.records, partition.traits) if len(part)]
-        self.origin_ms = int(min(stamps, default=0))
+        stamps = np.concatenate((partition.records["ts_ms"], partition.traits["ts_ms"]))
+        self.origin_ms, latest_ms = (int(stamps.min()), int(stamps.max())) if len(stamps) else (0, 0)
+        self.time_bits = (latest_ms - self.origin_ms + 2).bit_length()
+        if len(partition.visitor_hash).bit_length() + self.time_bits > _KEY_BITS:
+            years = (latest_ms - self.origin_ms) / 31_557_600_000
+            raise PropensityError(
+                f"{len(partition.visitor_hash)} visitors over {years:.0f} years are too many for one partition; "
+                "leave out wrong timestamps with source.where, or give fewer files"
+            )
         self.owner = np.repeat(np.arange(len(partition.visitor_hash)), np.diff(partition.starts))
         self.keys = self.key(self.owner, partition.records["ts_ms"])
         trait_owner = np.repeat(np.arange(len(partition.visitor_hash)), np.diff(partition.trait_starts))
         self.trait_keys = self.key(trait_owner, partition.traits["ts_ms"])
 
-    def key(self, owner: Ints, ts_ms: Ints) -> Ints:
+    def key(self, owner: Ints, ts_ms: Ints | np.int64) -> Ints:
         """int64: one sortable key of (visitor's number, time)."""
-        offset = np.clip(ts_ms - self.origin_ms + 1, 0, (1 << _TIME_BITS) - 1)
-        return np.asarray(owner << _TIME_BITS | offset)
+        offset = np.clip(ts_ms - self.origin_ms + 1, 0, (1 << self.time_bits) - 1)
+        return np.asarray(owner << self.time_bits | offset)
 
     def vectors(
         self, plan: Plan, owner: Ints, now_ms: Ints, request: npt.NDArray[np.float32]
@@ -252,15 +259,16 @@ def _moments(
 def _after_events(view: View, spec: FeatureSpec, matured_ms: int) -> tuple[Ints, Ints, npt.NDArray[np.float32]]:
     records, request = view.partition.records, view.partition.request
     asked = np.isin(records["kind"], spec.codes(spec.rows.after)) & (records["ts_ms"] <= matured_ms)
-    last = np.ones(len(records), np.bool_)  # of several events in one millisecond
-    last[:-1] = view.keys[1:] != view.keys[:-1]
-    places = np.flatnonzero(asked & last)
+    places = np.flatnonzero(asked)
+    last = np.ones(len(places), np.bool_)  # of several events in one millisecond
+    last[:-1] = view.keys[places][1:] != view.keys[places][:-1]
+    places = places[last]
     owner, cutoff, context = view.owner[places], records["ts_ms"][places], request[places]
     if spec.rows.cold_start:
         newcomers = np.flatnonzero(np.diff(view.partition.starts))
         first = view.partition.starts[newcomers]
         before = records["ts_ms"][first] - 1
-        mature = before <= matured_ms
+        mature = (before <= matured_ms) & (before >= 0)
         owner = np.concatenate((owner, newcomers[mature]))
         cutoff = np.concatenate((cutoff, before[mature]))
         context = np.concatenate((context, request[first[mature]]))
@@ -269,12 +277,14 @@ def _after_events(view: View, spec: FeatureSpec, matured_ms: int) -> tuple[Ints,
 
 def _grid(view: View, spec: FeatureSpec, points: Ints) -> tuple[Ints, Ints]:
     """Every visitor at every grid point from its first event on, while an event lies within the history."""
-    owner = np.repeat(np.arange(len(view.partition.visitor_hash)), len(points))
-    cutoff = np.tile(points, len(view.partition.visitor_hash))
-    known = np.searchsorted(view.keys, view.key(owner, cutoff), "right")
-    recent = np.searchsorted(view.keys, view.key(owner, cutoff - spec.limits.history), "right")
-    active = known > np.maximum(recent, view.partition.starts[owner])
-    return owner[active], cutoff[active]
+    everyone = np.arange(len(view.partition.visitor_hash))
+    active = []
+    for point in points:
+        known = np.searchsorted(view.keys, view.key(everyone, point), "right")
+        before = np.searchsorted(view.keys, view.key(everyone, point - spec.limits.history), "right")
+        active.append(np.flatnonzero(known > np.maximum(before, view.partition.starts[:-1])))
+    sizes = [len(owner) for owner in active]
+    return np.concatenate(active), np.repeat(points, sizes)
 
 
 def _labelled(
@@ -292,8 +302,7 @@ def _labelled(
 def _golden_rows(view: View, owner: Ints, cutoff: Ints, request: npt.NDArray[np.float32]) -> Iterator[GoldenRow]:
     for place in np.linspace(0, len(owner) - 1, min(len(owner), GOLDEN_CASES)).astype(int):
         records, traits = view.history(int(owner[place]), int(cutoff[place]))
-        if len(records) + len(traits) <= GOLDEN_RECORDS:
-            yield GoldenRow(records, traits, request[place], int(cutoff[place]))
+        yield GoldenRow(records[-GOLDEN_RECORDS:], traits[-GOLDEN_RECORDS:], request[place], int(cutoff[place]))
 
 
 def _mix(visitor: npt.NDArray[np.uint64], cutoff: Ints, seed: int) -> npt.NDArray[np.uint64]:
@@ -311,20 +320,31 @@ def split(dataset: Dataset, horizon_ms: int | None, seed: int = 0) -> Split:
     where rows have no time (horizon_ms None), parts are of different visitors instead. Validation rows are halved by
     visitor: early stopping uses one half, calibration the other.
     """
-    _require_classes(dataset.label, "rows")
+    _require_classes(dataset.label, horizon_ms)
     side = _mix(dataset.visitor, np.zeros(len(dataset), np.int64), seed + 7) / 2**64
     if horizon_ms is not None:
-        parts = _by_time(dataset, horizon_ms)
-        if parts is not None:
-            train, valid, test = parts
+        times = _by_time(dataset, horizon_ms)
+        if times is not None:
+            train, valid, test = times
             half = side[valid] < 0.5
-            return Split(train, valid[half], valid[~half], test, "by time, with gaps of one horizon")
+            parts = Split(train, valid[half], valid[~half], test, "by time, with gaps of one horizon")
+            if _has_both_classes(dataset, parts):
+                return parts
     short = "The history is too short to split by time with gaps of one horizon; rows were split by visitor."
     bounds = np.searchsorted([0.70, 0.75, 0.80], side, "right")
     train, stop, calibrate, test = (np.flatnonzero(bounds == part) for part in range(4))
-    if horizon_ms is None:
-        return Split(train, stop, calibrate, test, "at random")
-    return Split(train, stop, calibrate, test, "by visitor", (short,))
+    parts = Split(train, stop, calibrate, test, "by visitor", (short,))
+    if not _has_both_classes(dataset, parts):
+        raise TooLittleData(
+            f"the positive rows are of {len(np.unique(dataset.visitor[dataset.label]))} visitors, too few to fit, "
+            "stop, calibrate and judge on different ones; give more visitors"
+        )
+    return parts if horizon_ms is not None else replace(parts, how="at random", notes=())
+
+
+def _has_both_classes(dataset: Dataset, parts: Split) -> bool:
+    labels = [dataset.label[part] for part in (parts.train, parts.stop, parts.calibrate, parts.test)]
+    return all(label.any() and not label.all() for label in labels)
 
 
 def _by_time(dataset: Dataset, horizon_ms: int) -> tuple[Ints, Ints, Ints] | None:
@@ -341,10 +361,13 @@ def _by_time(dataset: Dataset, horizon_ms: int) -> tuple[Ints, Ints, Ints] | Non
     return (train, valid, test) if min(enough) >= 20 else None
 
 
-def _require_classes(label: Bools, what: str) -> None:
+def _require_classes(label: Bools, horizon_ms: int | None) -> None:
     positives, negatives = int(label.sum()), int((~label).sum())
     if min(positives, negatives) < MIN_OF_EACH_CLASS:
+        advice = "give more history or more visitors, a longer label.horizon, or check label.event"
+        if horizon_ms is None:
+            advice = "give more rows, or check label.column and label.positive"
         raise TooLittleData(
-            f"{positives} positive and {negatives} negative {what}; at least {MIN_OF_EACH_CLASS} of each are needed: "
-            "give more history or more visitors, a longer label.horizon, or check label.event"
+            f"{positives} positive and {negatives} negative rows; at least {MIN_OF_EACH_CLASS} of each are needed: "
+            f"{advice}"
         )

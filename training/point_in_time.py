@@ -17,7 +17,7 @@ from service.core import events, features
 from service.core.errors import PropensityError
 from service.core.features import Plan
 from service.core.spec import Source
-from training import source, specfile
+from training import source, specfile, sql
 from training.dataset import View
 from training.source import EventLog, Partition
 
@@ -69,13 +69,17 @@ def write(
 def _load_moments(log: EventLog, at: Path) -> None:
     """Table `asked`: number, visitor_hash, visitor_id, at_ms and request codes of each row, with its partition."""
     files = source.find_files([str(at)])
-    relation = source.Relation(log.connection, log.spec, Source(), source.reader_of(files[0]) or "csv", files)
+    if len(files) > 1:
+        raise PropensityError(f"{at}: holds {len(files)} files; give one with the columns visitor_id and at")
+    mapping = Source(visitor_id="visitor_id", timestamp="at")
+    relation = source.Relation(log.connection, log.spec, mapping, source.reader_of(files[0]) or "csv", files)
     for name in ("visitor_id", "at"):
         if name not in relation.types:
             raise PropensityError(f"{at}: has no column {name}; it has {', '.join(relation.types)}")
-    visitor = source.text_sql(*relation.expression("visitor_id", "visitor_id"))
-    moment = source.timestamp_sql(*relation.expression("at", "at"))
-    columns = [f"{relation.request(kind)} AS r{place}" for place, kind in enumerate(log.spec.requests.values())]
+    visitor = sql.name_of(relation.expression("visitor_id", "visitor_id"))
+    moment = sql.milliseconds(relation.expression("at", "at"))
+    columns = [f"{relation.request(kind)} AS request{place}" for place, kind in enumerate(log.spec.requests.values())]
+    bad_before, _ = source.rejects(log.connection)
     log.connection.execute("SET preserve_insertion_order = true")
     log.connection.execute(
         f"CREATE TEMP TABLE asked AS SELECT row_number() OVER () AS number, {visitor} AS visitor_id, "
@@ -83,6 +87,9 @@ def _load_moments(log: EventLog, at: Path) -> None:
         f"(hash(coalesce({visitor}, '')) % {log.partitions})::INTEGER AS part "
         f"{''.join(', ' + column for column in columns)} FROM {relation.scan}"
     )
+    bad, lines = source.rejects(log.connection)
+    if bad > bad_before:
+        raise PropensityError(f"{at}: {bad - bad_before} lines do not fit the others: {'; '.join(lines)}; correct them")
     unreadable = log.connection.execute(
         "SELECT count(*), min(number) FROM asked WHERE at_ms IS NULL OR visitor_id IS NULL"
     ).fetchall()[0]
@@ -97,7 +104,7 @@ def _features_of(plan: Plan, log: EventLog, index: int) -> Any:
     asked = log.connection.execute("SELECT * FROM asked WHERE part = ? ORDER BY number", [index]).fetchnumpy()
     request = np.empty((len(asked["number"]), len(plan.spec.requests)), np.float32)
     for place in range(request.shape[1]):
-        request[:, place] = np.ma.filled(asked[f"r{place}"], np.nan)
+        request[:, place] = np.ma.filled(asked[f"request{place}"], np.nan)
     partition = log.partition(index)
     matrix = vectors(plan, partition, np.asarray(asked["visitor_hash"]), np.asarray(asked["at_ms"]), request)
     columns = {"number": asked["number"], "visitor_id": np.asarray(asked["visitor_id"], object), "at": asked["at_ms"]}
@@ -131,7 +138,7 @@ def _write_in_order(connection: duckdb.DuckDBPyConnection, parts: Path, out: Pat
     out.parent.mkdir(parents=True, exist_ok=True)
     fresh = out.with_name(f".{out.name}.new")
     connection.execute(
-        f"COPY (SELECT * EXCLUDE (number) FROM read_parquet({source.quoted(f'{parts}/*.parquet')}) ORDER BY number) "
-        f"TO {source.quoted(str(fresh))} ({_OUTPUTS[out.suffix]})"
+        f"COPY (SELECT * EXCLUDE (number) FROM read_parquet({sql.literal(f'{parts}/*.parquet')}) ORDER BY number) "
+        f"TO {sql.literal(str(fresh))} ({_OUTPUTS[out.suffix]})"
     )
     fresh.replace(out)

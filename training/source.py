@@ -6,9 +6,13 @@ The rules that make a record of an event are those of `service.ingest`, said in 
 from __future__ import annotations
 
 import fnmatch
+import gzip
+import re
 import threading
+import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -20,7 +24,9 @@ import numpy.typing as npt
 from service.core import events
 from service.core.errors import PropensityError
 from service.core.events import Records
-from service.core.spec import FeatureSpec, Request, Source
+from service.core.spec import EventColumn, FeatureSpec, Request, Source
+from training import sql
+from training.sql import Field
 
 _READERS: Final = {
     ".csv": "csv",
@@ -30,20 +36,20 @@ _READERS: Final = {
     ".jsonl": "json",
     ".json": "json",
 }
-# Bytes of input a partition should hold: about a million events each.
-_PARTITION_BYTES: Final = {
-    "csv": 100 << 20,
-    "csv.gz": 20 << 20,
-    "parquet": 25 << 20,
-    "json": 250 << 20,
-    "json.gz": 25 << 20,
-}
+# A partition is loaded whole: a million events take some 300 MB while they are sorted and turned into rows.
+_PARTITION_ROWS: Final = 1_000_000
 _MAX_PARTITIONS: Final = 256
+_HEAD_BYTES: Final = 1 << 20
 _SNIFFED_ROWS: Final = 200_000
 # A line that does not fit the columns' types is kept in a table of its own, to be counted and shown.
 _REJECTS: Final = "store_rejects = true, rejects_limit = 100000"
-_NATIVE_JSON: Final = ("type", "event", "name", "userId", "anonymousId", "messageId", "timestamp")
-_NATIVE_OBJECTS: Final = ("properties", "context", "traits")
+_NDJSON: Final = "format = 'newline_delimited', ignore_errors = true"
+_NATIVE: Final = ("type", "event", "name", "userId", "anonymousId", "messageId", "timestamp")
+_SECTIONS: Final = ("properties", "context", "traits")
+_TYPES: Final = ("track", "page", "identify", "screen", "group", "alias")
+_PAGE_VIEWED: Final = "Page Viewed"
+_LONGEST_ID: Final = 256
+_FUTURE_MS: Final = 24 * 3_600_000
 
 Progress = Callable[[float], None]
 
@@ -98,18 +104,19 @@ class EventLog:
 
     def partition(self, index: int, *, with_ids: bool = False) -> Partition:
         """Partition `index` in memory; with_ids also loads the visitors' ids."""
-        columns = ["visitor_hash", "ts_ms", "kind", "id", "attribute", "value"]
-        columns += [f"r{place}" for place in range(len(self.spec.requests))]
-        columns += [f"t{place}" for place in range(len(trait_keys(self.spec)))]
-        columns += ["visitor"] if with_ids else []
-        files = f"{self.directory}/*/part={index}/*.parquet"
-        if not list(self.directory.glob(f"*/part={index}/*.parquet")):
+        files = [_pattern(file) for file in self.directory.glob(f"*/part={index}/*.parquet")]
+        if not files:
             return _empty(self.spec, with_ids)
-        loaded = self.connection.execute(
-            f"SELECT {', '.join(columns)} FROM read_parquet(?, hive_partitioning = false, union_by_name = true) "
-            "WHERE bad IS NULL ORDER BY visitor_hash, ts_ms",
-            [files],
-        ).fetchnumpy()
+        columns = ["visitor_hash", "ts_ms", "kind", "id", "attribute", "value", *_kept(self.spec)]
+        columns += ["visitor"] if with_ids else []
+        try:
+            loaded = self.connection.execute(
+                f"SELECT {', '.join(columns)} FROM read_parquet(?, hive_partitioning = false, union_by_name = true) "
+                "WHERE bad IS NULL ORDER BY visitor_hash, ts_ms",
+                [files],
+            ).fetchnumpy()
+        except duckdb.Error as error:
+            raise UnreadableEvents(f"{first_line(error)}; raise --memory-limit or free the disk") from None
         return _assemble(self.spec, loaded, with_ids)
 
 
@@ -121,22 +128,22 @@ def read(
     max_bad_rows: int = 1000,
     memory_limit: str = "1GB",
     on_progress: Progress | None = None,
+    now_ms: int | None = None,
 ) -> EventLog:
     """Read event files (CSV, Parquet, NDJSON; also .gz; globs and directories) into `workdir`.
 
-    Rows without a visitor or a readable timestamp are bad: counted, shown, and refused beyond max_bad_rows.
-    Raises UnreadableEvents.
+    What `service.ingest` refuses, received at now_ms (the clock's unless given), is bad here too: counted, shown, and
+    an error beyond max_bad_rows. Raises UnreadableEvents.
     """
     files = find_files(paths)
     connection = connect(workdir, memory_limit)
-    partitions = _partition_count(files)
-    missing: set[str] = set()
-    for number, (source, reader, group) in enumerate(groups(files, spec)):
-        relation = Relation(connection, spec, source, reader, group)
-        missing |= relation.missing
-        target = workdir / f"group{number}"
-        _run(connection, relation.copy(target, partitions), group, on_progress)
-    summary = _summarise(connection, workdir, files, missing)
+    partitions = _partition_count(connection, files)
+    latest_ms = (time.time_ns() // 1_000_000 if now_ms is None else now_ms) + _FUTURE_MS
+    relations = [Relation(connection, spec, *group) for group in groups(files, spec)]
+    for number, relation in enumerate(relations):
+        relation.copy(workdir / f"group{number}", partitions, latest_ms, on_progress)
+    missing = set.intersection(*(relation.missing for relation in relations))
+    summary = _summarise(connection, spec, workdir, files, missing)
     if summary.bad > max_bad_rows:
         raise UnreadableEvents(
             f"{summary.bad} of {summary.rows} rows are bad, more than --max-bad-rows {max_bad_rows}; for example "
@@ -144,16 +151,21 @@ def read(
             "the spec, or raise --max-bad-rows"
         )
     if not summary.events:
+        names = sorted({name for relation in relations for name in relation.names()})[:10]
+        bad = f"; {summary.bad} rows are bad, for example {'; '.join(summary.examples)}" if summary.bad else ""
         raise UnreadableEvents(
-            f"none of {summary.rows} rows is an event of the catalogue ({_names(spec)}); "
-            "map the files' event names with source.event in the spec"
+            f"none of {summary.rows} rows is an event of the catalogue ({_names(spec)}); the files have "
+            f"{', '.join(names) or 'no names of events'}{bad}; map the files' event names with source.event in the spec"
         )
     return EventLog(spec, workdir, partitions, summary, connection)
 
 
 def connect(workdir: Path, memory_limit: str = "1GB") -> duckdb.DuckDBPyConnection:
     """A DuckDB connection in UTC that spills to `workdir` beyond memory_limit."""
-    connection = duckdb.connect(config={"memory_limit": memory_limit, "temp_directory": str(workdir / "spill")})
+    try:
+        connection = duckdb.connect(config={"memory_limit": memory_limit, "temp_directory": str(workdir / "spill")})
+    except duckdb.Error as error:
+        raise PropensityError(f"--memory-limit {memory_limit}: {first_line(error)}; write for example 1GB") from None
     connection.execute("SET TimeZone = 'UTC'; SET preserve_insertion_order = false; SET enable_progress_bar = false")
     return connection
 
@@ -164,7 +176,7 @@ def find_files(paths: Sequence[str]) -> list[Path]:
     for text in paths:
         path = Path(text)
         if path.is_dir():
-            found |= {file for file in path.rglob("*") if reader_of(file) is not None}
+            found |= {file for file in path.rglob("*") if file.is_file() and _is_events(file.relative_to(path))}
         elif path.is_file():
             if reader_of(path) is None:
                 raise UnreadableEvents(f"{path}: unknown kind of file; give one of {', '.join(_READERS)} (also .gz)")
@@ -172,55 +184,24 @@ def find_files(paths: Sequence[str]) -> list[Path]:
         else:
             root = Path(path.anchor) if path.is_absolute() else Path()
             pattern = str(path.relative_to(path.anchor)) if path.is_absolute() else text
-            matched = {file for file in root.glob(pattern) if reader_of(file) is not None}
+            matched = [str(file) for file in root.glob(pattern) if file.is_dir() or reader_of(file) is not None]
             if not matched:
                 raise UnreadableEvents(f"{text}: no such file, directory or glob with event files")
-            found |= matched
+            found.update(find_files(matched))
     if not found:
         raise UnreadableEvents(f"{' '.join(paths)}: holds no event files ({', '.join(_READERS)}, also .gz)")
     return sorted(found)
+
+
+def _is_events(path: Path) -> bool:
+    """Whether a file of a directory is to be read: hidden ones are what editors and notebooks leave behind."""
+    return reader_of(path) is not None and not any(part.startswith(".") for part in path.parts)
 
 
 def reader_of(path: Path) -> str | None:
     """`csv`, `parquet` or `json` by the file's name; None for any other file."""
     name = path.name.removesuffix(".gz")
     return _READERS.get(Path(name).suffix)
-
-
-def quoted(text: str) -> str:
-    """A SQL string literal."""
-    return "'" + text.replace("'", "''") + "'"
-
-
-def hash_sql(text: str) -> str:
-    """SQL for `events.hash32` of a text expression; NULL stays NULL."""
-    return f"greatest(md5_number_upper({text}) & 4294967295, 1)::UINTEGER"
-
-
-def text_sql(expression: str, kind: str) -> str:
-    """SQL for the text of a value as JSON would carry it: whole numbers without a fraction, true and false."""
-    if kind in ("DOUBLE", "FLOAT") or kind.startswith("DECIMAL"):
-        number = f"({expression})::DOUBLE"
-        return (
-            f"CASE WHEN {number} = trunc({number}) AND abs({number}) < 1e15 "
-            f"THEN {number}::BIGINT::VARCHAR ELSE {number}::VARCHAR END"
-        )
-    return f"({expression})::VARCHAR"
-
-
-def timestamp_sql(expression: str, kind: str, layout: str | None = None) -> str:
-    """SQL for Unix milliseconds of a timestamp: a datetime, ISO 8601 text (UTC unless it says), or epoch s or ms."""
-    if kind.startswith(("TIMESTAMP", "DATE")):
-        return f"epoch_ms(({expression})::TIMESTAMPTZ)"
-    text = f"trim(({expression})::VARCHAR)"
-    number = f"TRY_CAST({text} AS DOUBLE)"
-    epoch = f"TRY_CAST(round(CASE WHEN abs({number}) < 1e11 THEN {number} * 1000 ELSE {number} END) AS BIGINT)"
-    if layout is not None:
-        return f"epoch_ms(try_strptime({text}, {quoted(layout)})::TIMESTAMPTZ)"
-    if kind == "VARCHAR":
-        cleaned = f"regexp_replace({text}, ' UTC$', 'Z')"
-        return f"coalesce(epoch_ms(TRY_CAST({cleaned} AS TIMESTAMPTZ)), {epoch})"
-    return epoch
 
 
 class Relation:
@@ -236,15 +217,17 @@ class Relation:
     ) -> None:
         self.connection, self.spec, self.source, self.files = connection, spec, source, files
         self.missing: set[str] = set()
+        self._extracted: dict[tuple[str, str], Field] = {}
+        self._flaw = "NULL::VARCHAR"
         self.scan = self._scan(reader)
         self.types: dict[str, str] = self._describe(self.scan)
         # Expressions are tried on an empty table of the same columns: files are sniffed once, not once a field.
         self.shape = f"shape_{uuid.uuid4().hex}"
-        columns = ", ".join(f"{_identifier(name)} {kind}" for name, kind in self.types.items())
+        columns = ", ".join(f"{sql.identifier(name)} {kind}" for name, kind in self.types.items())
         connection.execute(f"CREATE TEMP TABLE {self.shape} ({columns})")
 
     def _scan(self, reader: str) -> str:
-        listed = "[" + ", ".join(quoted(str(file)) for file in self.files) + "]"
+        listed = "[" + ", ".join(sql.literal(_pattern(file)) for file in self.files) + "]"
         if reader == "parquet":
             scan = f"read_parquet({listed}, union_by_name = true)"
         elif reader == "csv":
@@ -252,38 +235,97 @@ class Relation:
         else:
             scan = self._scan_json(listed)
         if self.source.query is not None:
-            scan = f"({self.source.query.replace('{file}', scan).replace('{dir}', str(self.files[0].parent))})"
+            parts = {"{file}": f"(FROM {scan})", "{dir}": str(self.files[0].parent).replace("'", "''")}
+            scan = "(" + re.sub(r"\{(?:file|dir)\}", lambda found: parts[found[0]], self.source.query) + ")"
         return scan
 
     def _scan_csv(self, listed: str) -> str:
-        columns = self._describe(f"read_csv({listed}, sample_size = {_SNIFFED_ROWS})")
-        named = {*self._identity_columns(), *_NATIVE_JSON, self.source.timestamp or "timestamp"}
-        named |= set(self._yes_or_no(listed, [name for name, kind in columns.items() if kind == "BOOLEAN"]))
-        types = ", ".join(
-            f"{quoted(name)}: {quoted('VARCHAR' if name in named else kind)}" for name, kind in columns.items()
-        )
+        columns = self._describe(f"read_csv({listed}, sample_size = {_SNIFFED_ROWS}, ignore_errors = true)")
+        types = self._as_text(columns, self._written_otherwise(listed, columns))
         return f"read_csv({listed}, types = {{{types}}}, {_REJECTS})"
 
-    def _yes_or_no(self, listed: str, columns: Sequence[str]) -> list[str]:
-        """Columns that DuckDB takes for booleans although they say yes or no, which a spec means as text."""
-        if not columns:
-            return []
-        tests = ", ".join(f"bool_and(lower({_identifier(name)}) IN ('true', 'false'))" for name in columns)
-        plain = self.connection.execute(f"SELECT {tests} FROM read_csv({listed}, all_varchar = true)").fetchall()[0]
-        return [name for name, is_boolean in zip(columns, plain, strict=True) if not is_boolean]
-
-    def _identity_columns(self) -> list[str]:
+    def _as_text(self, columns: Mapping[str, str], also: Iterable[str] = ()) -> str:
+        """Types of columns, those that hold ids, names or times as text: no leading zero is lost."""
         event = self.source.event
-        named = (self.source.visitor_id, self.source.message_id, event.column if event else None)
-        return [name for name in named if name is not None]
+        named = (self.source.visitor_id, self.source.message_id, self.source.timestamp, event.column if event else None)
+        kept = {name.lower() for name in (*_NATIVE, *named, *also) if name is not None}
+        return ", ".join(
+            f"{sql.literal(name)}: {sql.literal('VARCHAR' if name.lower() in kept else kind)}"
+            for name, kind in columns.items()
+        )
+
+    def _written_otherwise(self, listed: str, columns: Mapping[str, str]) -> list[str]:
+        """Columns whose text DuckDB's type would change: yes and no as booleans, codes such as 1/2 as dates."""
+        texts = {name.lower() for name in self._text_columns()}
+        found = [
+            name
+            for name, kind in columns.items()
+            if name.lower() in texts and kind not in ("BOOLEAN", "BIGINT", "DOUBLE")
+        ]
+        flags = [name for name, kind in columns.items() if kind == "BOOLEAN"]
+        if flags:
+            tests = ", ".join(f"bool_or(lower({sql.identifier(name)}) NOT IN ('true', 'false'))" for name in flags)
+            sample = f"SELECT * FROM read_csv({listed}, all_varchar = true, ignore_errors = true) LIMIT {_SNIFFED_ROWS}"
+            row = self.connection.execute(f"SELECT {tests} FROM ({sample})").fetchall()[0]
+            found += [name for name, otherwise in zip(flags, row, strict=True) if otherwise]
+        return found
+
+    def _text_columns(self) -> Iterator[str]:
+        """Columns that are compared as text: attributes, and what has categories."""
+        for section, name, is_text in self._fields():
+            mapped: Mapping[str, str] = getattr(self.source, section)
+            if is_text:
+                yield from (mapped[name],) if name in mapped else (f"{section}.{name}", name)
+
+    def _fields(self) -> Iterator[tuple[str, str, bool]]:
+        """Section and name of everything that the spec reads of an event, and whether it is compared as text."""
+        for kind in self.spec.events.values():
+            for name, is_text in ((kind.value, False), (kind.attribute, True)):
+                if name is not None:
+                    yield "properties", name, is_text
+        for feature in self.spec.requests.values():
+            yield "context", feature.request, feature.categories is not None
+        for key, is_text in trait_keys(self.spec).items():
+            yield "traits", key, is_text
+            yield "context", key, is_text
 
     def _scan_json(self, listed: str) -> str:
-        found = self._describe(f"read_json({listed}, format = 'newline_delimited', maximum_depth = 1)")
-        if not set(_NATIVE_JSON) & set(found) or self.source.timestamp is not None:
-            return f"read_json({listed}, format = 'newline_delimited', union_by_name = true)"
-        columns = dict.fromkeys(_NATIVE_JSON, "VARCHAR") | dict.fromkeys(_NATIVE_OBJECTS, "JSON")
-        listed_columns = ", ".join(f"{name}: '{kind}'" for name, kind in columns.items())
-        return f"read_json({listed}, format = 'newline_delimited', columns = {{{listed_columns}}})"
+        found = self._json_keys(listed)
+        is_mapped = any(self.source.model_dump(exclude={"files", "timestamp_format"}).values())
+        if not is_mapped and {"userId", "anonymousId"} & found and {"timestamp", "event"} <= found:
+            return self._scan_native_json(listed)
+        types = self._describe(f"read_json({listed}, {_NDJSON}, sample_size = {_SNIFFED_ROWS}, union_by_name = true)")
+        if list(types) == ["json"]:  # some line is no object, so DuckDB gave up
+            types = dict.fromkeys(sorted(found), "JSON")
+        return f"read_json({listed}, {_NDJSON}, columns = {{{self._as_text(types)}}})"
+
+    def _json_keys(self, listed: str) -> set[str]:
+        lines = f"SELECT json FROM read_json_objects({listed}, {_NDJSON}) LIMIT {_SNIFFED_ROWS}"
+        try:
+            rows = self.connection.execute(f"SELECT DISTINCT unnest(json_keys(json)) FROM ({lines})").fetchall()
+        except duckdb.Error as error:
+            raise UnreadableEvents(f"{self.files[0]}: {first_line(error)}") from None
+        if not rows:
+            raise UnreadableEvents(f"{self.files[0]}: holds no JSON object a line; write NDJSON, one event a line")
+        return {key for (key,) in rows}
+
+    def _scan_native_json(self, listed: str) -> str:
+        """Ids, properties, context and traits as JSON: text and numbers are told apart as they are in a live event."""
+        plain, ids = ("type", "event", "name", "timestamp"), ("userId", "anonymousId", "messageId")
+        types = dict.fromkeys(plain, "VARCHAR") | dict.fromkeys((*ids, *_SECTIONS), "JSON")
+        columns = ", ".join(f"{name}: '{kind}'" for name, kind in types.items())
+        parts = []
+        for place, key in enumerate(dict.fromkeys((section, name) for section, name, _ in self._fields())):
+            field = sql.json_field(*key)
+            self._extracted[key] = Field(f"text{place}", "JSON", f"sort{place}")
+            parts += [f"{field.sql} AS text{place}", f"{field.sort} AS sort{place}"]
+        whole = " AND ".join(f"coalesce(starts_with({section}, '{{'), true)" for section in _SECTIONS)
+        self._flaw = (
+            f"CASE WHEN coalesce({', '.join(plain)}) IS NULL THEN 'a line that is no event' WHEN NOT whole "
+            "THEN 'properties, traits or context that are no object' END"
+        )
+        scan = f"read_json({listed}, {_NDJSON}, columns = {{{columns}}})"
+        return f"(SELECT {', '.join((*plain, *ids, *parts))}, {whole} AS whole FROM {scan})"
 
     def _describe(self, relation: str) -> dict[str, str]:
         try:
@@ -292,147 +334,173 @@ class Relation:
             raise UnreadableEvents(f"{self.files[0]}: {first_line(error)}") from None
         return {row[0]: row[1] for row in rows}
 
-    def expression(self, written: str, place: str) -> tuple[str, str]:
-        """SQL and type of a column name or SQL expression of the mapping. Raises if the files cannot give it."""
-        sql = _identifier(written) if written in self.types else f"({written})"
+    def expression(self, written: str, place: str) -> Field:
+        """A column name or SQL expression of the mapping. Raises if the files cannot give it."""
+        text = sql.identifier(written) if written in self.types else f"({written})"
         try:
-            kind = self.connection.execute(f"DESCRIBE SELECT {sql} AS x FROM {self.shape}").fetchall()[0][1]
+            kind = self.connection.execute(f"DESCRIBE SELECT {text} AS x FROM {self.shape}").fetchall()[0][1]
         except duckdb.Error as error:
             raise UnreadableEvents(
                 f"{self.files[0]}: {place}: {written} is no column and no expression over the columns "
                 f"({first_line(error)}); the file has {', '.join(self.types)}"
             ) from None
-        return sql, kind
+        return sql.field(text, kind)
 
-    def field(self, section: str, name: str) -> tuple[str, str] | None:
-        """SQL and type of a property, context field or trait: as mapped, else where native files keep it."""
+    def field(self, section: str, name: str) -> Field | None:
+        """A property, context field or trait: as mapped, else where native files keep it."""
         mapped: Mapping[str, str] = getattr(self.source, section)
         if name in mapped:
             return self.expression(mapped[name], f"source.{section}.{name}")
+        if (section, name) in self._extracted:
+            return self._extracted[section, name]
         kind = self.types.get(section, "")
         if kind.startswith("STRUCT"):
-            fields = self._describe(f"(SELECT unnest({_identifier(section)}) FROM {self.shape})")
-            return (f"{_identifier(section)}[{quoted(name)}]", fields[name]) if name in fields else None
+            fields = self._describe(f"(SELECT unnest({sql.identifier(section)}) FROM {self.shape})")
+            access = f"{sql.identifier(section)}[{sql.literal(name)}]"
+            return sql.field(access, fields[name]) if name in fields else None
         if kind in ("JSON", "VARCHAR"):
-            path = quoted('$."' + name.replace('"', '\\"') + '"')
-            return f"json_extract_string({_identifier(section)}, {path})", "VARCHAR"
-        for column in (f"{section}.{name}", name):
-            if column in self.types:
-                return _identifier(column), self.types[column]
-        return None
+            return sql.json_field(f"TRY_CAST({sql.identifier(section)} AS JSON)", name)
+        return next((self._native(column) for column in (f"{section}.{name}", name) if column in self.types), None)
 
-    def copy(self, target: Path, partitions: int) -> str:
-        """SQL that writes the normalised rows, partitioned by visitor."""
-        where = f"WHERE {self.source.where}" if self.source.where else ""
-        if self.source.where:
-            self.expression(self.source.where, "source.where")
-        return f"""
+    @property
+    def where(self) -> str:
+        """The WHERE clause of the mapping, or nothing. Raises if the files cannot give it."""
+        if self.source.where is None:
+            return ""
+        return f"WHERE {self.expression(self.source.where, 'source.where').sql}"
+
+    def copy(self, target: Path, partitions: int, latest_ms: int, on_progress: Progress | None) -> None:
+        """Write the normalised rows as Parquet, partitioned by visitor; what is later than latest_ms is bad."""
+        texts = [place for place, is_text in enumerate(trait_keys(self.spec).values()) if is_text]
+        hashes = [f"{sql.hash32(f'text{place}')} AS hash{place}" for place in texts]
+        plain = [name for name in _kept(self.spec) if not name.startswith("hash")]
+        query = f"""
             COPY (
-                WITH mapped AS (SELECT {self._mapped()} FROM {self.scan} {where}),
-                judged AS (SELECT *, {self._bad()} AS bad FROM mapped)
+                WITH mapped AS (SELECT {self._mapped()} FROM {self.scan} {self.where}),
+                judged AS (SELECT *, {_bad(latest_ms)} AS bad FROM mapped)
                 SELECT hash(coalesce(visitor, '')) AS visitor_hash, visitor, ts_ms,
-                    coalesce(kind, 0)::USMALLINT AS kind,
-                    {hash_sql("message_id")} AS id, {hash_sql("attribute_text")} AS attribute,
-                    TRY_CAST(number AS FLOAT) AS value, bad, unknown_name,
-                    {"".join(f"r{place}, " for place in range(len(self.spec.requests)))}
-                    {"".join(f"t{place}, " for place in range(len(trait_keys(self.spec))))}
+                    coalesce(kind, 0)::USMALLINT AS kind, {sql.hash32("message")} AS id,
+                    {sql.hash32("attribute")} AS attribute, TRY_CAST(number AS FLOAT) AS value,
+                    {"".join(f"{column}, " for column in (*plain, *hashes))} bad,
                     (hash(coalesce(visitor, '')) % {partitions})::INTEGER AS part
                 FROM judged
-            ) TO {quoted(str(target))} (FORMAT parquet, PARTITION_BY (part), COMPRESSION snappy)"""
+            ) TO {sql.literal(str(target))} (FORMAT parquet, PARTITION_BY (part), COMPRESSION snappy)"""
+        try:
+            _run(self.connection, query, on_progress)
+        except duckdb.Error as error:
+            raise UnreadableEvents(f"{self.files[0]}: {first_line(error)}") from None
 
     def _mapped(self) -> str:
-        kind = self._kind()
+        timestamp = self._timestamp()
         columns = [
             f"{self._visitor()} AS visitor",
-            f"{self._timestamp()} AS ts_ms",
-            f"{self._raw_timestamp()} AS raw_timestamp",
-            f"{kind} AS kind",
-            f"CASE WHEN {kind} IS NULL THEN {self._name()} END AS unknown_name",
-            f"{self._message_id()} AS message_id",
-            f"{self._by_kind('attribute')} AS attribute_text",
+            f"{sql.milliseconds(timestamp, self.source.timestamp_format)} AS ts_ms",
+            f"{timestamp.sql} AS written",
+            f"{self._kind()} AS kind",
+            f"{self._problem()} AS problem",
+            f"{self._message_id()} AS message",
+            f"{self._by_kind('attribute')} AS attribute",
             f"{self._by_kind('value')} AS number",
         ]
         for place, feature in enumerate(self.spec.requests.values()):
-            columns.append(f"{self.request(feature)} AS r{place}")
+            columns.append(f"{self.request(feature)} AS request{place}")
         for place, (key, is_text) in enumerate(trait_keys(self.spec).items()):
-            columns.append(f"{self.trait(key, is_text)} AS t{place}")
+            text, number = self.trait(key)
+            columns.append(f"{number} AS trait{place}")
+            columns += [f"{text} AS text{place}"] if is_text else []
         return ", ".join(columns)
-
-    def _bad(self) -> str:
-        return (
-            "CASE WHEN visitor IS NULL OR visitor = '' THEN 'a row without a visitor' "
-            "WHEN ts_ms IS NULL THEN 'timestamp ' || coalesce(raw_timestamp, 'missing') END"
-        )
 
     def _visitor(self) -> str:
         if self.source.visitor_id is not None:
-            return text_sql(*self.expression(self.source.visitor_id, "source.visitor_id"))
-        known = [_identifier(name) for name in ("userId", "anonymousId") if name in self.types]
+            return sql.name_of(self.expression(self.source.visitor_id, "source.visitor_id"))
+        known = [self._native(name) for name in ("userId", "anonymousId") if name in self.types]
         if not known:
             raise UnreadableEvents(
                 f"{self.files[0]}: has neither userId nor anonymousId; name the visitor's column with "
                 f"source.visitor_id in the spec; the file has {', '.join(self.types)}"
             )
-        return "coalesce(" + ", ".join(f"nullif({name}::VARCHAR, '')" for name in known) + ")"
+        return f"coalesce({', '.join(map(sql.name_of, known))})"
 
-    def _timestamp_field(self) -> tuple[str, str]:
-        written = self.source.timestamp or "timestamp"
+    def _native(self, name: str) -> Field:
+        return sql.field(sql.identifier(name), self.types[name])
+
+    def _timestamp(self) -> Field:
         if self.source.timestamp is None and "timestamp" not in self.types:
             raise UnreadableEvents(
                 f"{self.files[0]}: has no column timestamp; name it with source.timestamp in the spec; "
                 f"the file has {', '.join(self.types)}"
             )
-        return self.expression(written, "source.timestamp")
+        return self.expression(self.source.timestamp or "timestamp", "source.timestamp")
 
-    def _timestamp(self) -> str:
-        return timestamp_sql(*self._timestamp_field(), self.source.timestamp_format)
+    def _kind(self) -> str:
+        """SQL for the code of the event's kind; NULL where it is not in the catalogue."""
+        codes = {kind.event: str(kind.code) for kind in self.spec.events.values()}
+        page = codes.get(_PAGE_VIEWED, "NULL")
+        if "name" in self.types:
+            page = sql.choose(self._native("name").sql, codes, page)
+        track = sql.choose(self._name(), codes)
+        return f"(CASE {self._type()} WHEN 'track' THEN {track} WHEN 'page' THEN {page} END)::INTEGER"
 
-    def _raw_timestamp(self) -> str:
-        return f"{self._timestamp_field()[0]}::VARCHAR"
+    def _type(self) -> str:
+        is_native = self.source.event is None and "type" in self.types
+        return f"coalesce({self._native('type').sql}, 'track')" if is_native else "'track'"
 
     def _name(self) -> str:
-        """SQL for the event's name in the catalogue's words."""
+        """SQL for the name of a track event, in the catalogue's words."""
         event = self.source.event
-        if event is not None and event.constant is not None:
-            return quoted(event.constant)
-        if event is not None and event.column is not None:
-            column = text_sql(*self.expression(event.column, "source.event"))
-            if not event.names:
-                return column
-            cases = " ".join(f"WHEN {quoted(foreign)} THEN {quoted(name)}" for foreign, name in event.names.items())
-            return f"CASE {column} {cases} ELSE {column} END"
+        if event is not None:
+            return self._foreign_name(event)
         if "event" not in self.types:
             raise UnreadableEvents(
                 f"{self.files[0]}: has no column event; write source.event in the spec, as "
                 "{constant: EVENT NAME} or a column; the file has " + ", ".join(self.types)
             )
-        page = "coalesce(name::VARCHAR, 'Page Viewed')" if "name" in self.types else "'Page Viewed'"
-        if "type" not in self.types:
-            return '"event"::VARCHAR'
-        return f"CASE \"type\"::VARCHAR WHEN 'page' THEN {page} WHEN 'identify' THEN NULL ELSE \"event\"::VARCHAR END"
+        return self._native("event").sql
 
-    def _kind(self) -> str:
-        cases = " ".join(f"WHEN {quoted(kind.event)} THEN {kind.code}" for kind in self.spec.events.values())
-        return f"CASE {self._name()} {cases} END" if cases else "NULL::INTEGER"
+    def _foreign_name(self, event: EventColumn) -> str:
+        if event.column is None:
+            return sql.literal(event.constant or "")
+        column = sql.text(self.expression(event.column, "source.event"))
+        return sql.choose(column, {foreign: sql.literal(name) for foreign, name in event.names.items()}, column)
+
+    def _problem(self) -> str:
+        """SQL for what a live event would be refused for beside visitor and time; NULL for a sound one."""
+        if self.source.event is not None:
+            return "NULL::VARCHAR"
+        sort = self._type()
+        nameless = f"CASE WHEN coalesce({self._name()}, '') = '' THEN 'an event without a name' END"
+        found = sql.choose(sort, {**dict.fromkeys(_TYPES, "NULL"), "track": nameless}, f"'type ' || {sort}")
+        return f"coalesce({self._flaw}, {found})"
+
+    def names(self) -> list[str]:
+        """The most frequent names of events in the files."""
+        found = self.connection.execute(
+            f"SELECT {self._name()} AS name FROM {self.scan} {self.where} GROUP BY name ORDER BY count(*) DESC LIMIT 10"
+        ).fetchall()
+        return [name for (name,) in found if name]
 
     def _message_id(self) -> str:
         if self.source.message_id is not None:
-            return text_sql(*self.expression(self.source.message_id, "source.message_id"))
-        return "nullif(\"messageId\"::VARCHAR, '')" if "messageId" in self.types else "NULL::VARCHAR"
+            return sql.text(self.expression(self.source.message_id, "source.message_id"))
+        return sql.text(self._native("messageId")) if "messageId" in self.types else "NULL::VARCHAR"
 
     def _by_kind(self, part: str) -> str:
         """SQL for the attribute's text or the value's number, which each kind of event keeps in its own property."""
-        cases = []
+        kinds: dict[str, list[str]] = {}
         for kind in self.spec.events.values():
             name = getattr(kind, part)
-            field = self.field("properties", name) if name is not None else None
-            if field is not None:
-                sql = text_sql(*field) if part == "attribute" else f"TRY_CAST({field[0]} AS DOUBLE)"
-                cases.append(f"WHEN {kind.code} THEN {sql}")
-            elif name is not None:
-                self.missing.add(name)
+            if name is not None:
+                kinds.setdefault(name, []).append(str(kind.code))
+        fields = {name: self.field("properties", name) for name in kinds}
+        self.missing |= {name for name, field in fields.items() if field is None}
+        make = sql.text if part == "attribute" else sql.number
+        cases = [
+            f"WHEN {self._kind()} IN ({', '.join(kinds[name])}) THEN {make(field)}"
+            for name, field in fields.items()
+            if field is not None
+        ]
         empty = "NULL::VARCHAR" if part == "attribute" else "NULL::DOUBLE"
-        return f"CASE {self._kind()} {' '.join(cases)} END" if cases else empty
+        return f"CASE {' '.join(cases)} END" if cases else empty
 
     def request(self, feature: Request) -> str:
         """SQL for the code of a request feature, from the context that the event carries."""
@@ -441,32 +509,50 @@ class Relation:
             self.missing.add(f"context.{feature.request}")
             return "NULL::FLOAT"
         if feature.categories is None:
-            return f"TRY_CAST(TRY_CAST({field[0]} AS DOUBLE) AS FLOAT)"
-        return coded_sql(feature, text_sql(*field))
+            return f"TRY_CAST({sql.request_number(field)} AS FLOAT)"
+        text = sql.text(field)
+        other = "NULL" if np.isnan(feature.other) else str(feature.other)
+        codes = sql.choose(text, {name: str(code) for name, code in feature.codes.items()}, other)
+        return f"(CASE WHEN {text} IS NOT NULL THEN {codes} END)::FLOAT"
 
-    def trait(self, key: str, is_text: bool) -> str:
-        """SQL for a trait's value: the hash of its text, or its number."""
-        field = self.field("traits", key) or self.field("context", key)
-        if field is None:
+    def trait(self, key: str) -> tuple[str, str]:
+        """SQL for a trait's text and for its number."""
+        fields = [field for section in ("traits", "context") if (field := self.field(section, key)) is not None]
+        if not fields:
             self.missing.add(f"traits.{key}")
-            return "NULL::UINTEGER" if is_text else "NULL::FLOAT"
-        return hash_sql(text_sql(*field)) if is_text else f"TRY_CAST(TRY_CAST({field[0]} AS DOUBLE) AS FLOAT)"
+            return "NULL::VARCHAR", "NULL::FLOAT"
+        text, number = (
+            " ".join(f"WHEN {field.sql} IS NOT NULL THEN {make(field)}" for field in fields)
+            for make in (sql.text, sql.number_or_flag)
+        )
+        return f"CASE {text} END", f"TRY_CAST(CASE {number} END AS FLOAT)"
 
 
-def coded_sql(feature: Request, text: str) -> str:
-    """SQL for `features.encode` of a text expression under a feature with categories."""
-    cases = " ".join(f"WHEN {quoted(name)} THEN {code}" for name, code in feature.codes.items())
-    other = "NULL" if np.isnan(feature.other) else feature.other
-    return f"CASE WHEN {text} IS NULL THEN NULL ELSE (CASE {text} {cases} ELSE {other} END) END::FLOAT"
+def _bad(latest_ms: int) -> str:
+    """SQL for why a row of `Relation.copy` is bad; NULL for a sound one."""
+    return f"""CASE WHEN visitor IS NULL THEN coalesce(problem, 'a row without a visitor')
+        WHEN length(visitor) > {_LONGEST_ID} THEN 'an id of more than {_LONGEST_ID} characters'
+        WHEN ts_ms IS NULL OR ts_ms < 0 THEN 'timestamp ' || coalesce(trim(written::VARCHAR, '"'), 'missing')
+        WHEN ts_ms > {latest_ms} THEN 'timestamp ' || trim(written::VARCHAR, '"') || ' in the future'
+        ELSE problem END"""
 
 
-def first_line(error: Exception) -> str:
+def _kept(spec: FeatureSpec) -> list[str]:
+    """Columns of a row beside its event: request features, and of each trait its number and the hash of its text."""
+    requests = [f"request{place}" for place in range(len(spec.requests))]
+    keys = list(enumerate(trait_keys(spec).values()))
+    texts = [f"hash{place}" for place, is_text in keys if is_text]
+    return [*requests, *(f"trait{place}" for place, _ in keys), *texts]
+
+
+def _pattern(path: Path) -> str:
+    """A path as a DuckDB glob that matches it alone."""
+    return re.sub(r"([*?\[])", r"[\1]", str(path))
+
+
+def first_line(error: object) -> str:
     """The first line of a library's message, which is all that a person needs of it."""
     return str(error).strip().splitlines()[0]
-
-
-def _identifier(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
 
 
 def _names(spec: FeatureSpec) -> str:
@@ -482,30 +568,54 @@ def trait_keys(spec: FeatureSpec) -> dict[str, bool]:
 
 
 def groups(files: Sequence[Path], spec: FeatureSpec) -> Iterator[tuple[Source, str, list[Path]]]:
-    """Files that share a mapping and a reader. Without `source` in the spec, files are in the native format."""
-    groups: dict[tuple[int, str], list[Path]] = {}
+    """Files that share a mapping and a layout. Without `source` in the spec, files are in the native format."""
+    groups: dict[tuple[int, str, bytes], list[Path]] = {}
     sources = spec.source or (Source(),)
     for file in files:
         for number, source in enumerate(sources):
             if fnmatch.fnmatch(file.name, source.files):
-                groups.setdefault((number, reader_of(file) or ""), []).append(file)
+                reader = reader_of(file) or ""
+                # DuckDB reads CSV files whose columns differ together or keeps their bad lines, but not both.
+                header = _head(file)[0].splitlines()[:1] if reader == "csv" else []
+                groups.setdefault((number, reader, b"".join(header).strip()), []).append(file)
                 break
         else:
             patterns = ", ".join(source.files for source in sources)
             raise UnreadableEvents(f"{file}: fits none of the patterns of source.files ({patterns}); add one")
-    for (number, reader), group in groups.items():
+    for (number, reader, _), group in groups.items():
         yield sources[number], reader, group
 
 
-def _partition_count(files: Sequence[Path]) -> int:
-    share = 0.0
+def _head(file: Path) -> tuple[bytes, float]:
+    """The first bytes of a text file, unpacked, and the share of the file that they are."""
+    try:
+        with file.open("rb") as packed:
+            head = (gzip.GzipFile(fileobj=packed) if file.suffix == ".gz" else packed).read(_HEAD_BYTES)
+            share = min(1.0, packed.tell() / max(file.stat().st_size, 1))
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UnreadableEvents(f"{file}: is no whole gzip file ({error})") from None
+    except OSError as error:
+        raise UnreadableEvents(f"{file}: cannot be read ({error.strerror})") from None
+    return head, 1.0 if len(head) < _HEAD_BYTES else share
+
+
+def _partition_count(connection: duckdb.DuckDBPyConnection, files: Sequence[Path]) -> int:
+    rows = 0.0
     for file in files:
-        kind = (reader_of(file) or "csv") + (".gz" if file.suffix == ".gz" else "")
-        share += file.stat().st_size / _PARTITION_BYTES.get(kind, 20 << 20)
-    return min(max(1, round(share + 0.5)), _MAX_PARTITIONS)
+        if reader_of(file) == "parquet":
+            try:
+                rows += connection.execute(
+                    "SELECT sum(num_rows) FROM parquet_file_metadata(?)", [_pattern(file)]
+                ).fetchall()[0][0]
+            except duckdb.Error as error:
+                raise UnreadableEvents(f"{file}: {first_line(error)}") from None
+        else:
+            head, share = _head(file)
+            rows += head.count(b"\n") / share
+    return min(int(rows / _PARTITION_ROWS) + 1, _MAX_PARTITIONS)
 
 
-def _run(connection: duckdb.DuckDBPyConnection, sql: str, files: Sequence[Path], on_progress: Progress | None) -> None:
+def _run(connection: duckdb.DuckDBPyConnection, query: str, on_progress: Progress | None) -> None:
     done = threading.Event()
 
     def report() -> None:
@@ -515,50 +625,59 @@ def _run(connection: duckdb.DuckDBPyConnection, sql: str, files: Sequence[Path],
     watcher = threading.Thread(target=report)
     watcher.start()
     try:
-        connection.execute(sql)
-    except duckdb.Error as error:
-        raise UnreadableEvents(f"{files[0]}: {first_line(error)}") from None
+        connection.execute(query)
     finally:
         done.set()
         watcher.join()
 
 
 def _summarise(
-    connection: duckdb.DuckDBPyConnection, workdir: Path, files: Sequence[Path], missing: set[str]
+    connection: duckdb.DuckDBPyConnection, spec: FeatureSpec, workdir: Path, files: Sequence[Path], missing: set[str]
 ) -> Summary:
-    table = f"read_parquet({quoted(f'{workdir}/*/*/*.parquet')}, hive_partitioning = false, union_by_name = true)"
+    rejected, lines = rejects(connection)
+    written = [_pattern(file) for file in workdir.glob("*/*/*.parquet")]
     good = "bad IS NULL AND kind > 0"
-    row = connection.execute(
-        f"""SELECT count(*), count(*) FILTER ({good}), count(*) FILTER (bad IS NULL AND kind = 0), count(bad),
-            count(DISTINCT visitor_hash) FILTER (bad IS NULL),
-            coalesce(min(ts_ms) FILTER ({good}), 0), coalesce(max(ts_ms) FILTER ({good}), 0),
-            md5(concat(count(*), '-', bit_xor(hash(visitor_hash, ts_ms, kind, id, value)))) FROM {table}"""
-    ).fetchall()[0]
-    examples = connection.execute(f"SELECT DISTINCT bad FROM {table} WHERE bad IS NOT NULL LIMIT 5").fetchall()
-    rejected, lines = _rejects(connection)
+    content = ", ".join(("visitor_hash", "ts_ms", "kind", "id", "attribute", "value", *_kept(spec), "bad"))
+    counts, examples = (0, 0, 0, 0, 0, 0, 0, ""), []
+    if written:
+        table = "read_parquet(?, hive_partitioning = false, union_by_name = true)"
+        counts = connection.execute(
+            f"""SELECT count(*), count(*) FILTER ({good}), count(*) FILTER (bad IS NULL AND kind = 0), count(bad),
+                count(DISTINCT visitor_hash) FILTER (bad IS NULL),
+                coalesce(min(ts_ms) FILTER ({good}), 0), coalesce(max(ts_ms) FILTER ({good}), 0),
+                md5(concat(count(*), '-', sum(hash({content})))) FROM {table}""",
+            [written],
+        ).fetchall()[0]
+        examples = connection.execute(
+            f"SELECT DISTINCT bad FROM {table} WHERE bad IS NOT NULL ORDER BY bad LIMIT 5", [written]
+        ).fetchall()
+    rows, kept, ignored, bad, visitors, first_ms, last_ms, fingerprint = counts
     return Summary(
         files=tuple(file.name for file in files),
-        rows=row[0] + rejected,
-        events=row[1],
-        ignored=row[2],
-        bad=row[3] + rejected,
-        examples=(*(example[0] for example in examples), *lines),
+        rows=rows + rejected,
+        events=kept,
+        ignored=ignored,
+        bad=bad + rejected,
+        examples=(*(example for (example,) in examples), *lines),
         missing_properties=tuple(sorted(missing)),
-        visitors=row[4],
-        first_ms=row[5],
-        last_ms=row[6],
-        fingerprint=row[7],
+        visitors=visitors,
+        first_ms=first_ms,
+        last_ms=last_ms,
+        fingerprint=fingerprint,
     )
 
 
-def _rejects(connection: duckdb.DuckDBPyConnection) -> tuple[int, list[str]]:
-    """How many lines of CSV files did not fit their columns, and some of them."""
+def rejects(connection: duckdb.DuckDBPyConnection) -> tuple[int, list[str]]:
+    """How many lines of CSV files did not fit their columns so far, and some of them."""
     known = connection.execute("SELECT count(*) FROM duckdb_tables() WHERE table_name = 'reject_errors'").fetchone()
     if known is None or not known[0]:
         return 0, []
     count = connection.execute("SELECT count(DISTINCT (scan_id, file_id, line)) FROM reject_errors").fetchall()[0][0]
-    shown = connection.execute("SELECT line, error_message FROM reject_errors ORDER BY line LIMIT 3").fetchall()
-    return count, [f"line {line}: {message}" for line, message in shown]
+    shown = connection.execute(
+        "SELECT file_path, line, min(error_message) FROM reject_errors JOIN reject_scans USING (scan_id, file_id) "
+        "GROUP BY ALL ORDER BY ALL LIMIT 3"
+    ).fetchall()
+    return count, [f"{Path(file).name} line {line}: {first_line(message)}" for file, line, message in shown]
 
 
 def _plain(column: Any, absent: Any) -> npt.NDArray[Any]:
@@ -580,8 +699,8 @@ def _assemble(spec: FeatureSpec, loaded: Mapping[str, Any], with_ids: bool) -> P
     every = events.records(loaded["ts_ms"], kind, identifier, attribute, value)
     request = np.empty((len(every), len(spec.requests)), np.float32)
     for place in range(len(spec.requests)):
-        request[:, place] = _plain(loaded[f"r{place}"], np.nan)
-    order = _order_ties(every, row)
+        request[:, place] = _plain(loaded[f"request{place}"], np.nan)
+    order = _order_ties(every, row, request)
     order = order[kind[order] > 0]
     records, owner = every[order], row[order]
     first = events.first_of_each(records, owner)
@@ -599,37 +718,47 @@ def _assemble(spec: FeatureSpec, loaded: Mapping[str, Any], with_ids: bool) -> P
     )
 
 
-def _order_ties(records: Records, row: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """int64[E]: canonical order of records that are already sorted by (row, ts); only ties have to be sorted."""
+def _order_ties(
+    records: Records, row: npt.NDArray[np.int64], request: npt.NDArray[np.float32] | None = None
+) -> npt.NDArray[np.int64]:
+    """int64[E]: canonical order of records that are already sorted by (row, ts); only ties have to be sorted.
+
+    Twins, the same event delivered with two contexts, are ordered by their request features.
+    """
     order = np.arange(len(records))
     tied = (records["ts_ms"][1:] == records["ts_ms"][:-1]) & (row[1:] == row[:-1])
     if tied.any():
         places = np.flatnonzero(np.concatenate(([False], tied)) | np.concatenate((tied, [False])))
-        order[places] = places[events.canonical_order(records[places], row[places])]
+        if request is not None and request.shape[1]:
+            places = places[np.lexsort(request[places].T)]
+        order[np.sort(places)] = places[events.canonical_order(records[places], row[places])]
     return order
 
 
 def _trait_changes(
     spec: FeatureSpec, loaded: Mapping[str, Any], ts_ms: npt.NDArray[np.int64], row: npt.NDArray[np.int64]
 ) -> tuple[Records, npt.NDArray[np.int64]]:
-    """Trait records of the rows where a visitor's trait changes, and whose they are, in order of visitor."""
+    """Trait records where a visitor's trait changes, and the last ones, and whose they are, in order of visitor.
+
+    Without the last record an event that arrives late would pass for news.
+    """
     parts, owners = [np.empty(0, events.RECORD)], [np.empty(0, np.int64)]
     for place, (key, is_text) in enumerate(trait_keys(spec).items()):
-        values = _plain(loaded[f"t{place}"], 0 if is_text else np.nan)
-        known = np.flatnonzero(values != 0 if is_text else ~np.isnan(values))
-        value, owner = values[known], row[known]
-        changed = np.concatenate(([True], (value[1:] != value[:-1]) | (owner[1:] != owner[:-1])))[: len(known)]
-        known, value = known[changed], value[changed]
-        parts.append(
-            events.records(
-                ts_ms[known],
-                events.TRAIT_TEXT if is_text else events.TRAIT_NUMBER,
-                events.hash32(key),
-                value if is_text else 0,
-                np.nan if is_text else value,
-            )
-        )
-        owners.append(row[known])
+        value = _plain(loaded[f"trait{place}"], np.nan).astype(np.float32)
+        text = _plain(loaded[f"hash{place}"], 0).astype(np.uint32) if is_text else np.zeros(len(value), np.uint32)
+        known = np.flatnonzero(text != 0 if is_text else np.isfinite(value))
+        kind = events.TRAIT_TEXT if is_text else events.TRAIT_NUMBER
+        made = events.records(ts_ms[known], kind, events.hash32(key), text[known], value[known])
+        order = _order_ties(made, row[known])
+        made, owner = made[order], row[known][order]
+        first = events.first_of_each(made, owner)
+        made, owner = made[first], owner[first]
+        same = (made["attribute"][1:] == made["attribute"][:-1]) & (owner[1:] == owner[:-1])
+        same &= made["value"][1:].view(np.uint32) == made["value"][:-1].view(np.uint32)
+        kept = np.concatenate(([True], ~same))[: len(made)]
+        kept |= np.concatenate((owner[1:] != owner[:-1], [True]))[: len(made)]
+        parts.append(made[kept])
+        owners.append(owner[kept])
     joined, owner = np.concatenate(parts), np.concatenate(owners)
     order = events.canonical_order(joined, owner)
     return joined[order], owner[order]

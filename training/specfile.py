@@ -13,7 +13,10 @@ from service.core.spec import FeatureSpec, InvalidSpec, Place, problems
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without the surprises of version 1.1: `no`, `on` and dates stay text, a repeated key is refused."""
+    """YAML without the surprises of version 1.1; a repeated key is refused.
+
+    `no`, `on`, dates, `1:30`, `007` and `1_000` stay text; numbers are written as in JSON.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -27,12 +30,15 @@ class _Loader(yaml.SafeLoader):
         return {str(name): value for name, value in super().construct_mapping(node, deep).items()}
 
 
-_KEPT_AS_TEXT = ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:bool")
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _KEPT_AS_TEXT]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|false)$"), list("tf"))
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|false", list("tf")),
+    ("int", r"-?(?:0|[1-9][0-9]*)", list("-0123456789")),
+    ("float", r"-?(?:0|[1-9][0-9]*)?\.[0-9]+(?:[eE][-+]?[0-9]+)?", list("-0123456789.")),
+    ("merge", r"<<", ["<"]),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
 
 
 def load(path: Path) -> FeatureSpec:
@@ -46,7 +52,9 @@ def read(text: str, name: str) -> FeatureSpec:
         root = yaml.compose(text, _Loader)
         document = yaml.load(text, _Loader)  # noqa: S506 - derived from SafeLoader
     except yaml.YAMLError as error:
-        raise InvalidSpec(f"{name}:{_yaml_problem(error)}") from None
+        raise InvalidSpec(f"{name}:{_yaml_problem(error, text)}") from None
+    except RecursionError:
+        raise InvalidSpec(f"{name}:1: is nested too deeply to be a spec") from None
     if not isinstance(root, yaml.MappingNode):
         raise InvalidSpec(f"{name}:1: is empty or no mapping; begin with model: NAME and features:")
     try:
@@ -65,7 +73,10 @@ def _text(path: Path) -> str:
         raise InvalidSpec(f"{path}: cannot be read as UTF-8 text ({error})") from None
 
 
-def _yaml_problem(error: yaml.YAMLError) -> str:
+def _yaml_problem(error: yaml.YAMLError, text: str) -> str:
+    if isinstance(error, yaml.reader.ReaderError):
+        line = text.count("\n", 0, error.position) + 1
+        return f"{line}: the character {chr(error.character)!r} cannot stand in YAML; remove it"
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     line = mark.line + 1 if mark is not None else 1
     return f"{line}: {getattr(error, 'problem', None) or error}"

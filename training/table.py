@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,8 +15,8 @@ import numpy.typing as npt
 from service.core import events, features
 from service.core.events import Records
 from service.core.features import Plan
-from service.core.spec import Aggregate, FeatureSpec, Session, Source
-from training import source
+from service.core.spec import Aggregate, FeatureSpec, Session
+from training import source, sql
 from training.dataset import GOLDEN_CASES, Dataset, GoldenRow, Split, TooLittleData
 from training.source import UnreadableEvents
 
@@ -44,32 +45,58 @@ class Table:
             raise UnreadableEvents(f"--table has no events for the feature {windowed[0]!r}; train it with --events")
         self.path, self.spec = path, spec
         self.files = source.find_files([path])
-        self.connection = source.connect(Path())
-        ((mapping, reader, group),) = source.groups(self.files, spec)
-        self.relation = source.Relation(self.connection, spec, mapping, reader, group)
-        self.mapping: Source = mapping
+        self.connection = source.connect(Path(tempfile.gettempdir()))
+        groups = list(source.groups(self.files, spec))
+        if len(groups) > 1:
+            raise UnreadableEvents(
+                f"{path}: holds files of {len(groups)} layouts; a table has one, give its files alone"
+            )
+        ((self.mapping, reader, group),) = groups
+        self.relation = source.Relation(self.connection, spec, self.mapping, reader, group)
+        self.rejected: tuple[int, list[str]] = (0, [])
 
     def chunks(self, *, labelled: bool) -> Iterator[Chunk]:
-        """The rows in order, CHUNK_ROWS at a time; without `labelled` the label column need not exist."""
+        """The sound rows in order, CHUNK_ROWS at a time; without `labelled` the label column need not exist."""
         keys = source.trait_keys(self.spec)
-        columns = [f"{self._visitor()} AS visitor", f"{self._timestamp()} AS now_ms"]
+        columns = [f"{self._visitor()} AS visitor", f"{self._timestamp(labelled)} AS now_ms"]
+        for place, key in enumerate(keys):
+            text, number = self.relation.trait(key)
+            columns += [f"{sql.hash32(text)} AS hash{place}", f"{number} AS trait{place}"]
         columns += [
-            f"{self.relation.trait(key, is_text)} AS t{place}" for place, (key, is_text) in enumerate(keys.items())
+            f"{self.relation.request(kind)} AS request{place}" for place, kind in enumerate(self.spec.requests.values())
         ]
-        columns += [
-            f"{self.relation.request(kind)} AS r{place}" for place, kind in enumerate(self.spec.requests.values())
-        ]
-        columns += [f"{self._label() if labelled else 'NULL'} AS label"]
-        where = f"WHERE {self.mapping.where}" if self.mapping.where else ""
+        columns += [f"{self._label() if labelled else 'false'} AS label", f"{self._flaw(labelled)} AS flaw"]
         self.connection.execute("SET preserve_insertion_order = true")
         try:
-            query = self.connection.sql(f"SELECT {', '.join(columns)} FROM {self.relation.scan} {where}")
-            reader = query.to_arrow_reader(CHUNK_ROWS)
-            for batch in reader:
+            query = self.connection.sql(
+                f"SELECT * FROM (SELECT {', '.join(columns)} FROM {self.relation.scan} {self.relation.where}) "
+                "WHERE flaw IS NULL"
+            )
+            for batch in query.to_arrow_reader(CHUNK_ROWS):
                 loaded = {name: batch.column(name).to_numpy(zero_copy_only=False) for name in batch.schema.names}
                 yield self._chunk(loaded, keys)
+            self.rejected = source.rejects(self.connection)
         except duckdb.Error as error:
             raise UnreadableEvents(f"{self.path}: {source.first_line(error)}") from None
+
+    def bad(self, most: int, *, labelled: bool) -> tuple[int, list[str]]:
+        """How many rows `chunks`, which has to be read to its end before, left out, and some of them.
+
+        Raises UnreadableEvents where there are more than `most`.
+        """
+        count, examples = self.rejected
+        flaws = self.connection.execute(
+            f"SELECT {self._flaw(labelled)} AS flaw, count(*) FROM {self.relation.scan} {self.relation.where} "
+            "GROUP BY flaw HAVING flaw IS NOT NULL ORDER BY flaw"
+        ).fetchall()
+        count += sum(rows for _, rows in flaws)
+        examples = [*(flaw for flaw, _ in flaws[:5]), *examples]
+        if count > most:
+            raise UnreadableEvents(
+                f"{self.path}: {count} rows are bad, more than --max-bad-rows {most}; for example "
+                f"{'; '.join(examples)}. Correct them, leave them out with source.where, or raise --max-bad-rows"
+            )
+        return count, examples
 
     def _chunk(self, loaded: Mapping[str, npt.NDArray[Any]], keys: Mapping[str, bool]) -> Chunk:
         rows = len(loaded["visitor"])
@@ -77,38 +104,48 @@ class Table:
         made = np.empty((rows, len(keys)), events.RECORD)
         known = np.empty((rows, len(keys)), np.bool_)
         for place, (key, is_text) in enumerate(keys.items()):
-            values = loaded[f"t{place}"].astype(np.float64)  # float64 holds a 32-bit hash exactly
-            known[:, place] = ~np.isnan(values)
-            whole = np.where(known[:, place], values, 0).astype(np.uint32) if is_text else 0
+            value = loaded[f"trait{place}"].astype(np.float64)
+            text = loaded[f"hash{place}"].astype(np.float64)  # float64 holds a 32-bit hash exactly
+            known[:, place] = np.isfinite(text if is_text else value)
+            attribute = np.where(known[:, place] & is_text, text, 0).astype(np.uint32)
             kind = events.TRAIT_TEXT if is_text else events.TRAIT_NUMBER
-            made[:, place] = events.records(now_ms, kind, events.hash32(key), whole, np.nan if is_text else values)
+            made[:, place] = events.records(now_ms, kind, events.hash32(key), attribute, value)
         request = np.empty((rows, len(self.spec.requests)), np.float32)
         for place in range(request.shape[1]):
-            request[:, place] = loaded[f"r{place}"].astype(np.float32)
+            request[:, place] = loaded[f"request{place}"].astype(np.float32)
         starts = np.concatenate(([0], np.cumsum(known.sum(axis=1))))
-        label = loaded["label"] == True  # noqa: E712 - an object array where NULL stands for no label
-        return Chunk(
-            tuple(map(str, loaded["visitor"])), made[known], starts, request, np.asarray(label, np.bool_), now_ms
-        )
+        label = np.asarray(loaded["label"], np.bool_)
+        return Chunk(tuple(map(str, loaded["visitor"])), made[known], starts, request, label, now_ms)
 
     def _visitor(self) -> str:
         if self.mapping.visitor_id is None:
             return "(row_number() OVER ())::VARCHAR"
-        return source.text_sql(*self.relation.expression(self.mapping.visitor_id, "source.visitor_id"))
+        return sql.name_of(self.relation.expression(self.mapping.visitor_id, "source.visitor_id"))
 
-    def _timestamp(self) -> str:
-        if self.mapping.timestamp is None:
-            return "0::BIGINT"
-        field = self.relation.expression(self.mapping.timestamp, "source.timestamp")
-        return f"coalesce({source.timestamp_sql(*field, self.mapping.timestamp_format)}, 0)"
+    def _timestamp(self, labelled: bool) -> str:
+        """SQL for the moment of a row. What a table says without a time was known when it was written."""
+        if self.mapping.timestamp is not None:
+            field = self.relation.expression(self.mapping.timestamp, "source.timestamp")
+            return sql.milliseconds(field, self.mapping.timestamp_format)
+        written_ms = max(file.stat().st_mtime_ns for file in self.files) // 1_000_000
+        return f"{0 if labelled else written_ms}::BIGINT"
 
     def _label(self) -> str:
         label = self.spec.label
         if label is None or label.column is None:
             raise TooLittleData("the spec has no label column; write label: {column: NAME, positive: VALUE}")
-        text = source.text_sql(*self.relation.expression(label.column, "label.column"))
-        accepted = ", ".join(source.quoted(value.lower()) for value in label.positive)
-        return f"lower({text}) IN ({accepted})"
+        text = sql.text(self.relation.expression(label.column, "label.column"))
+        accepted = ", ".join(sql.literal(value.lower()) for value in label.positive)
+        return f"nullif(lower(trim({text})), '') IN ({accepted})"
+
+    def _flaw(self, labelled: bool) -> str:
+        """SQL for why a row is left out; NULL for a sound one."""
+        flaws = {"a row without a readable timestamp": self._timestamp(labelled)}
+        if self.mapping.visitor_id is not None:
+            flaws["a row without a visitor"] = self._visitor()
+        if labelled:
+            flaws["a row without a label"] = self._label()
+        return f"CASE {' '.join(f'WHEN {value} IS NULL THEN {sql.literal(flaw)}' for flaw, value in flaws.items())} END"
 
 
 def build(table: Table, plan: Plan) -> Dataset:

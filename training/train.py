@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from service.core import bundle, features
 from service.core.bundle import Bundle
+from service.core.errors import PropensityError
 from service.core.features import Plan
 from service.core.spec import Count, FeatureSpec, Recency, Sum
 from training import dataset, evaluate, export, fit, packing, source, specfile, table
@@ -67,6 +68,7 @@ def from_events(
     """Train on event files. Raises a PropensityError that says what to mend."""
     spec = specfile.load(spec_path)
     plan = features.compile(spec)
+    _make_directories(options)
     with tempfile.TemporaryDirectory(prefix="propensity-") as workdir:
         log = source.read(
             events,
@@ -95,13 +97,22 @@ def from_table(
     """Train on a table with a label column. Raises a PropensityError that says what to mend."""
     spec = specfile.load(spec_path)
     plan = features.compile(spec)
+    _make_directories(options)
     on_progress("Reading the table", 0)
     read = table.Table(path, spec)
     rows = table.build(read, plan)
+    bad, examples = read.bad(options.max_bad_rows, labelled=True)
     split = dataset.split(rows, None, options.seed)
     if spec.rows.cold_start:
         rows, split = table.with_strangers(rows, split, plan)
-    data = {"files": [file.name for file in read.files], "rows": len(rows), "sha256": bundle.sha256(read.files[0])}
+    data = {
+        "files": [file.name for file in read.files],
+        "rows": len(rows),
+        "sha256": bundle.sha256(read.files[0]),
+        "bad": bad,
+        "examples": examples,
+        "missing": sorted(read.relation.missing),
+    }
     return _train(rows, split, plan, spec_path, data, options, on_progress)
 
 
@@ -138,15 +149,24 @@ def _train(
             progress=lambda share: on_progress("Checking the export", share),
         )
         on_progress("Writing the bundle", 0)
-        made = packing.pack(directory, packing.Contents(plan, rows, split, fitted, judgement, spec_path, data))
+        packing.pack(directory, packing.Contents(plan, rows, split, fitted, judgement, spec_path, data))
+        made = bundle.load(directory)
         final = options.artifacts / spec.model / made.version
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():
+            final.rename(directory.with_name(f"{directory.name}-old"))
         directory.rename(final)
-    if options.promote:
-        promote(options.artifacts, spec.model, made.version)
     if options.predictions is not None:
         _write_predictions(options.predictions, rows, split, fitted)
-    return Trained(bundle.load(final), judgement, split, len(rows), data, split.notes)
+    if options.promote:
+        promote(options.artifacts, spec.model, made.version)
+    return Trained(replace(made, path=final), judgement, split, len(rows), data, split.notes)
+
+
+def _make_directories(options: Options) -> None:
+    """So that a path that cannot be written to is found before the work is done, not after."""
+    options.artifacts.mkdir(parents=True, exist_ok=True)
+    if options.predictions is not None:
+        options.predictions.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _judge(rows: Dataset, split: Split, fitted: Fitted, spec: FeatureSpec, leaks: Sequence[Leak]) -> Judgement:
@@ -194,13 +214,17 @@ def _assembling(model_directory: Path) -> Iterator[Path]:
     try:
         yield directory
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        for left in model_directory.glob(f"{directory.name}*"):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def promote(artifacts: Path, model: str, version: str) -> None:
     """Make `version` the one that is served when a request names no other."""
     path = artifacts / model / ALIASES
-    aliases = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        aliases = dict(json.loads(path.read_bytes())) if path.exists() else {}
+    except (ValueError, TypeError):
+        raise PropensityError(f'{path}: is damaged; write {{"{PRODUCTION}": "{version}"}} into it') from None
     fresh = path.with_suffix(".new")
     fresh.write_text(json.dumps({**aliases, PRODUCTION: version}) + "\n", encoding="utf-8")
     fresh.replace(path)
