@@ -11,7 +11,8 @@ from training.train import Trained
 
 def print_trained(trained: Trained) -> None:
     """Metrics beside the baselines, then every warning, then where the bundle is and what to do next."""
-    table = Table(title=f"{trained.bundle.name} {trained.bundle.version} judged on rows kept out (split {trained.split.how})")
+    model, split = trained.bundle, trained.split.how
+    table = Table(title=f"{model.name} {model.version}, judged on rows kept out (split {split})")
     for heading in ("", "ROC-AUC", "average precision", "log loss", "Brier", "calibration error", "lift, top 10 %"):
         table.add_column(heading, justify="left" if not heading else "right")
     judgement = trained.judgement
