@@ -74,6 +74,7 @@ def serve(settings: Settings) -> None:
             access_log=False,
             server_header=False,
             proxy_headers=False,
+            timeout_graceful_shutdown=10,  # a client that never finishes its request must not keep it from ending
             log_config=None,
         )
     finally:

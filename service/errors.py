@@ -25,6 +25,11 @@ logger = logging.getLogger(__name__)
 MEDIA_TYPE: Final = "application/problem+json"
 
 
+# An answer must not be many times the size of the body it is about.
+MOST_PLACES: Final = 20
+LONGEST_TOLD: Final = 300
+
+
 class Place(NamedTuple):
     """What is wrong at one place of a body: a JSON pointer into it, and what to write instead."""
 
@@ -48,8 +53,9 @@ class InvalidRequest(ServiceError):
     code = "invalid-request"
 
     def __init__(self, places: Sequence[Place]) -> None:
-        super().__init__("; ".join(f"{place.pointer}: {place.message}".lstrip(": ") for place in places[:3]))
-        self.places = places
+        told = [Place(place.pointer[:LONGEST_TOLD], place.message[:LONGEST_TOLD]) for place in places[:MOST_PLACES]]
+        super().__init__("; ".join(f"{place.pointer}: {place.message}".lstrip(": ") for place in told[:3]))
+        self.places = told
 
 
 class UnknownModel(ServiceError):

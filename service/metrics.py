@@ -131,6 +131,6 @@ class RequestTimer:
         try:
             await self.app(scope, receive, note_status)
         finally:
-            route = getattr(scope.get("route"), "path", "none")
+            route = getattr(scope.get("route"), "path_format", "none")
             method = scope["method"] if scope["method"] in _METHODS else "other"
             REQUEST_SECONDS.labels(route, method, status).observe(time.perf_counter() - started)

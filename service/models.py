@@ -53,7 +53,7 @@ class Models:
             return next(iter(self.bundles.values()), None)
         if name in self.bundles or name in self.refused:
             return self.bundles.get(name)
-        raise UnknownModel(f"no model {name!r}; there is {self._names()}")
+        raise UnknownModel(f"no model {name[:64]!r}; there is {self._names()}")
 
     def find(self, name: str, version: str | None = None) -> Bundle:
         """The loaded bundle of a model, of exactly this version if given. Raises UnknownModel or ModelNotReady."""
@@ -107,7 +107,11 @@ def _served_version(directory: Path) -> str:
     if aliases.exists():
         document = _read(aliases)
         version = document.get(PRODUCTION)
-        if not isinstance(version, str) or not (directory / version / bundle.MANIFEST).is_file():
+        if (
+            not isinstance(version, str)
+            or Path(version).name != version
+            or not (directory / version / bundle.MANIFEST).is_file()
+        ):
             raise InvalidBundle(
                 f'{aliases}: {PRODUCTION} is {version!r}; write {{"{PRODUCTION}": VERSION}} of a bundle here'
             )
@@ -121,7 +125,7 @@ def _served_version(directory: Path) -> str:
 def _read(path: Path) -> dict[str, object]:
     try:
         document = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InvalidBundle(f"{path}: cannot be read ({error}); restore it") from None
     if not isinstance(document, dict):
         raise InvalidBundle(f"{path}: is not a JSON object; restore it")

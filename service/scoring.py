@@ -110,7 +110,7 @@ class Scorer:
     async def score_one(self, request: ScoreRequest) -> Score | ScoreFailure:
         """The score of one request, together with those that wait beside it."""
         answer: asyncio.Future[Score | ScoreFailure] = asyncio.get_running_loop().create_future()
-        self._queue.append(_Waiting(request, answer))
+        self._queue.append(_Waiting(request, answer, self._deadline()))
         if self._drain is None:
             self._drain = asyncio.create_task(self._score_waiting())
         return await answer
@@ -121,7 +121,8 @@ class Scorer:
                 group = [self._queue.popleft() for _ in range(min(len(self._queue), GROUP))]
                 group = [one for one in group if not one.answer.done()]  # its client went away
                 try:
-                    scores = await self._score_group([one.request for one in group])
+                    deadline = min((one.deadline for one in group), default=0.0)
+                    scores = await self._score_group([one.request for one in group], deadline)
                 except Exception as error:  # a bug: each request of the group reports it, those to come are scored
                     for one in group:
                         if not one.answer.done():
@@ -136,13 +137,18 @@ class Scorer:
     async def score(self, requests: Sequence[ScoreRequest]) -> list[Score | ScoreFailure]:
         """The score of each request, in order; all are scored at the moment they are taken up."""
         scores: list[Score | ScoreFailure] = []
+        deadline = self._deadline()
         for first in range(0, len(requests), GROUP):
-            scores += await self._score_group(requests[first : first + GROUP])
+            scores += await self._score_group(requests[first : first + GROUP], deadline)
         return scores
 
-    async def _score_group(self, requests: Sequence[ScoreRequest]) -> list[Score | ScoreFailure]:
+    def _deadline(self) -> float:
+        """Until when, on the loop's clock, a request that arrives now may wait for the feature cache."""
+        return asyncio.get_running_loop().time() + self._deadline_ms / 1000
+
+    async def _score_group(self, requests: Sequence[ScoreRequest], deadline: float) -> list[Score | ScoreFailure]:
         now_ms = self._now_ms()
-        histories = await self._read([request.visitor_id for request in requests])
+        histories = await self._read([request.visitor_id for request in requests], deadline)
         known = histories or [History()] * len(requests)
         degraded = [] if histories is not None else ["store"]
         at = iso_8601(now_ms)
@@ -164,10 +170,12 @@ class Scorer:
             return [ScoreFailure(request.visitor_id, error) for request in batch.requests]
         return _score_by_rule(name, batch) if bundle is None else _score_by_model(bundle, batch)
 
-    async def _read(self, visitor_ids: Sequence[str]) -> list[History] | None:
+    async def _read(self, visitor_ids: Sequence[str], deadline: float) -> list[History] | None:
+        if asyncio.get_running_loop().time() >= deadline:
+            return None
         with metrics.stage("store"):
             try:
-                async with asyncio.timeout(self._deadline_ms / 1000):
+                async with asyncio.timeout_at(deadline):
                     return await self._store.read(visitor_ids)
             except (StoreError, TimeoutError):
                 return None
@@ -178,6 +186,7 @@ class _Waiting(NamedTuple):
 
     request: ScoreRequest
     answer: asyncio.Future[Score | ScoreFailure]
+    deadline: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,6 +67,9 @@ class Settings(BaseSettings):
     body_bytes: Positive = Field(
         500 * 1024, description="Bytes one request body may have; larger ones are answered 413."
     )
+    batch_events: Positive = Field(
+        2000, description="Events one batch may hold; larger ones are answered 413, since others wait meanwhile."
+    )
     batch_visitors: Positive = Field(1000, description="Visitors one batch may ask for; raise body_bytes with it.")
     quarantine_length: Positive = Field(
         1000, description="Refused events kept, about, for a look and a replay; each may have event_bytes."
@@ -86,6 +89,8 @@ class Settings(BaseSettings):
             if parts.scheme not in ("redis", "rediss", "unix"):
                 raise ValueError("write redis://HOST:6379/0, rediss://HOST:6379/0 or unix:///PATH/TO/SOCKET")
             _ = parts.port  # raises ValueError where it is no port
+            if parts.query or parts.fragment:
+                raise ValueError("leave out what follows ? or #; timeouts and connections are settings of their own")
         return url
 
 

@@ -475,7 +475,7 @@ class Relation:
     def names(self) -> list[str]:
         """The most frequent names of events in the files."""
         found = self.connection.execute(
-            f"SELECT {self._name()} AS name FROM {self.scan} {self.where} GROUP BY name ORDER BY count(*) DESC LIMIT 10"
+            f"SELECT {self._name()} AS name FROM {self.scan} {self.where} GROUP BY 1 ORDER BY count(*) DESC LIMIT 10"
         ).fetchall()
         return [name for (name,) in found if name]
 

@@ -45,7 +45,9 @@ class Event(BaseModel):
     user_id: str | float | None = Field(None, alias="userId", description="The visitor, once known.")
     anonymous_id: str | float | None = Field(None, alias="anonymousId", description="The visitor before that.")
     message_id: str | float | None = Field(
-        None, alias="messageId", description="Id of the event: sent again with the same id and timestamp it counts once."
+        None,
+        alias="messageId",
+        description="Id of the event: sent again with the same id and timestamp it counts once.",
     )
     timestamp: str | float | None = Field(
         None, description="ISO 8601, UTC unless it says, or epoch in ms or s; now if left out."
@@ -103,7 +105,7 @@ async def send_events(
     """
     if not models.bundles:
         raise ModelNotReady("no model is loaded, so no event is known; put one into the artifacts directory, restart")
-    batch = _events(body)
+    batch = _events(body, settings.batch_events)
     now_ms = unix_ms()
     limit = settings.event_bytes if len(await request.body()) > settings.event_bytes else None
     if "batch" not in body and limit is not None:
@@ -120,13 +122,15 @@ async def send_events(
     return EventsOut(**counts, results=results)
 
 
-def _events(body: object) -> Sequence[object]:
+def _events(body: object, most: int) -> Sequence[object]:
     if not isinstance(body, dict):
         raise InvalidRequest([Place("", 'send one event as an object, or many as {"batch": [...]}')])
     if "batch" not in body:
         return [body]
     if not isinstance(body["batch"], list) or not body["batch"]:
         raise InvalidRequest([Place("/batch", "must be a list of at least one event")])
+    if len(body["batch"]) > most:
+        raise TooLarge(f"{len(body['batch'])} events are more than {most}; send several batches")
     return body["batch"]
 
 
@@ -156,7 +160,7 @@ async def _quarantine(
         if isinstance(outcome, Refused) and outcome.reason != "size"
     ]
     if refused:
-        await store.quarantine(refused, length)
+        await store.quarantine(refused[-length:], length)
 
 
 def _by_visitor(outcomes: Sequence[Outcome]) -> Mapping[str, History]:

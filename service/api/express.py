@@ -24,16 +24,22 @@ _TYPES: Final = (b"application/json", b"application/json; charset=utf-8")
 
 class _Asked(msgspec.Struct, forbid_unknown_fields=True):
     visitor_id: Annotated[str, msgspec.Meta(min_length=1, max_length=LONGEST_ID)]
-    model: str | None = None
-    context: _Values = {}
-    features: _Values = {}
+    model: str | None | msgspec.UnsetType = msgspec.UNSET
+    context: _Values | msgspec.UnsetType = msgspec.UNSET
+    features: _Values | msgspec.UnsetType = msgspec.UNSET
 
-    def colons(self, body: bytes) -> int:
-        """How many colons `body` has if no key comes twice: one a key, and those within strings."""
-        texts = [self.visitor_id, self.model or "", *self.context, *self.features]
-        texts += [value for values in (self.context, self.features) for value in values.values() if type(value) is str]
-        named = sum(name in body for name in (b'"model"', b'"context"', b'"features"'))
-        return 1 + named + len(self.context) + len(self.features) + "".join(texts).count(":")
+    def colons(self) -> int:
+        """How many colons the body has if no key comes twice: one a key, and those within strings."""
+        keys, texts = 1, [self.visitor_id]
+        if self.model is not msgspec.UNSET:
+            keys += 1
+            texts.append(self.model or "")
+        for values in (self.context, self.features):
+            if values is not msgspec.UNSET:
+                keys += 1 + len(values)
+                texts += values
+                texts += [value for value in values.values() if type(value) is str]
+        return keys + "".join(texts).count(":")
 
 
 _decoder: Final = msgspec.json.Decoder(_Asked)
@@ -75,19 +81,15 @@ def _request(scope: Scope, message: Message) -> ScoreRequest | None:
         asked = _decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return None
-    if body.count(b":") != asked.colons(body):
+    if body.count(b":") != asked.colons():
         return None
-    return ScoreRequest(asked.visitor_id, asked.model, asked.context, asked.features)
+    return ScoreRequest(asked.visitor_id, asked.model or None, asked.context or {}, asked.features or {})
 
 
 def _is_plain_json(headers: list[tuple[bytes, bytes]]) -> bool:
-    declared = b""
-    for name, value in headers:
-        if name == b"content-type":
-            declared = value
-        elif name == b"content-encoding":
-            return False
-    return declared.lower() in _TYPES
+    declared = [value for name, value in headers if name == b"content-type"]
+    is_encoded = any(name == b"content-encoding" for name, _ in headers)
+    return len(declared) == 1 and declared[0].lower() in _TYPES and not is_encoded
 
 
 def _again(first: Message, receive: Receive) -> Receive:

@@ -10,6 +10,7 @@ from typing import Annotated
 import numpy as np
 from fastapi import APIRouter, Path
 from pydantic import BaseModel, Field
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.responses import Response
 
 from service.api.state import CurrentModels, CurrentStore
@@ -21,6 +22,23 @@ from service.ingest import LONGEST_ID, Catalogue
 from service.models import Models
 from service.scoring import evaluate, iso_8601, unix_ms
 from service.store import MOST_EVENTS, History, compact_traits
+
+
+class AnythingConvertor(Convertor[str]):
+    """The rest of the path, line breaks too; Starlette's own `path` stops at them and would name another visitor."""
+
+    regex = r"(?s:.*)"
+
+    def convert(self, value: str) -> str:
+        """The text itself."""
+        return value
+
+    def to_string(self, value: str) -> str:
+        """The text itself."""
+        return value
+
+
+register_url_convertor("anything", AnythingConvertor())
 
 router = APIRouter(prefix="/v1/visitors", tags=["visitors"])
 
@@ -58,7 +76,7 @@ class VisitorOut(BaseModel):
     )
 
 
-@router.get("/{visitor_id:path}", responses=answers(404, 422, 503), summary="What is known of a visitor")
+@router.get("/{visitor_id:anything}", responses=answers(404, 422, 503), summary="What is known of a visitor")
 async def get_visitor(visitor_id: VisitorId, store: CurrentStore, models: CurrentModels) -> VisitorOut:
     """Events by kind, traits, and the features of now. A visitor who was never seen has none, which is no error."""
     [history] = await store.read([visitor_id])
@@ -72,7 +90,7 @@ async def get_visitor(visitor_id: VisitorId, store: CurrentStore, models: Curren
     )
 
 
-@router.delete("/{visitor_id:path}", status_code=204, responses=answers(404, 422, 503), summary="Forget a visitor")
+@router.delete("/{visitor_id:anything}", status_code=204, responses=answers(404, 422, 503), summary="Forget a visitor")
 async def erase_visitor(visitor_id: VisitorId, store: CurrentStore) -> Response:
     """Erase events, traits and quarantined events. 204 also where nothing was known."""
     await store.erase(visitor_id)

@@ -38,7 +38,7 @@ def test_requests_are_timed_under_the_template_of_their_route_whatever_becomes_o
     after = samples(client, name)
     new = {labels: value - before.get(labels, 0) for labels, value in after.items() if value != before.get(labels, 0)}
     assert new == {
-        ("GET", "/v1/visitors/{visitor_id:path}", "200"): 2,
+        ("GET", "/v1/visitors/{visitor_id}", "200"): 2,
         ("POST", "/v1/score", "422"): 2,
         ("GET", "none", "404"): 1,
         ("other", "/v1/score", "405"): 1,
