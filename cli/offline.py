@@ -52,7 +52,8 @@ def simulate(
         )
     console.print(
         f"{summary.rows:,} events of {summary.visitors:,} visitors in {path}: {summary.orders:,} purchases, "
-        f"{summary.bot_events:,} events of bots, {summary.late:,} late, {summary.duplicates:,} twice."
+        f"{summary.bot_events:,} events of bots, {summary.late:,} late, {summary.duplicates:,} twice.",
+        markup=False,
     )
 
 
@@ -112,6 +113,7 @@ def export(
         f"{out / 'model.onnx'}: scores as LightGBM does. {result.trees:,} trees with {result.splits:,} splits, "
         f"{result.rows:,} rows on and beside them: no row routed differently, largest difference of a probability "
         f"{result.max_difference:.1e}.",
+        markup=False,
         soft_wrap=True,
     )
 
@@ -136,7 +138,7 @@ def features(
         rows = point_in_time.write(
             paths, spec, at, out, max_bad_rows=max_bad_rows, memory_limit=memory_limit, on_progress=report
         )
-    console.print(f"{rows:,} rows in {out}")
+    console.print(f"{rows:,} rows in {out}", markup=False)
 
 
 def _moment(text: str) -> datetime.datetime:
@@ -149,12 +151,13 @@ def _moment(text: str) -> datetime.datetime:
     return moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)
 
 
-def need(module: str) -> None:
-    """Import a module; raises a clear error where the libraries for training are not installed."""
+def need(*modules: str) -> None:
+    """Import modules; raises a clear error where the libraries for training are not installed."""
     import importlib
 
     try:
-        importlib.import_module(module)
+        for module in modules:
+            importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise PropensityError(
             f"{error.name} is not installed; install the training side with pip install 'propensity[training]'"

@@ -51,7 +51,7 @@ def replay(
     memory_limit: MemoryLimit = "1GB",
 ) -> None:
     """Load history into the feature cache. Resumes where it was cut off; running it twice changes nothing."""
-    need("training.source")
+    need("training.specfile", "training.table")
     from cli import history
     from service import settings
 
@@ -68,7 +68,7 @@ def replay(
     if loaded.visitors:
         console.print(f"{loaded.visitors:,} visitors, {loaded.added:,} records added to the feature cache.")
     else:
-        console.print("Nothing to do: the feature cache has all of this history already.")
+        console.print("Nothing to do: all of this history was replayed before.")
 
 
 def score(

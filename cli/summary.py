@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.markup import escape
 from rich.table import Table
 
 from cli.progress import console
@@ -20,15 +21,17 @@ def print_trained(trained: Trained) -> None:
         table.add_row(name, *_cells(metrics))
     console.print(table)
     for leak in judgement.leaks:
-        console.print(f"[bold yellow]Leak?[/] {leak.message}", highlight=False)
+        console.print(f"[bold yellow]Leak?[/] {escape(leak.message)}", highlight=False)
     for note in trained.notes:
-        console.print(f"[yellow]Note:[/] {note}")
+        console.print(f"[yellow]Note:[/] {escape(note)}")
     bad = trained.data.get("bad", 0)
     if bad:
-        console.print(f"[yellow]{bad:,} bad rows were left out[/], for example {'; '.join(trained.data['examples'])}")
+        examples = escape("; ".join(trained.data["examples"]))
+        console.print(f"[yellow]{bad:,} bad rows were left out[/], for example {examples}")
     for name in trained.data.get("missing", ()):
-        console.print(f"[yellow]Note:[/] the files have no {name}; the features that use it are empty")
-    console.print(f"Bundle: {trained.bundle.path}\nReport: {trained.bundle.path / 'report.html'}", soft_wrap=True)
+        console.print(f"[yellow]Note:[/] the files have no {escape(name)}; the features that use it are empty")
+    path = escape(str(trained.bundle.path))
+    console.print(f"Bundle: {path}\nReport: {path}/report.html", soft_wrap=True)
 
 
 def _cells(metrics: Metrics) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -22,6 +23,7 @@ from service.api import models as models_api
 from service.api.express import ExpressLane
 from service.api.state import State
 from service.api.tensors import InferIn
+from service.core.errors import PropensityError
 from service.metrics import RequestTimer
 from service.scoring import Scorer
 from service.settings import Settings
@@ -63,6 +65,7 @@ def serve(settings: Settings) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     # Uvicorn raises SIGTERM again once it has drained; as an exception it lets the embedded server end in order.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    _require_free(settings.host, settings.port)
     server = None if settings.redis_url else embedded.start(settings.data_dir)
     try:
         uvicorn.run(
@@ -80,6 +83,16 @@ def serve(settings: Settings) -> None:
     finally:
         if server is not None:
             server.close()
+
+
+def _require_free(host: str, port: int) -> None:
+    """Raise before anything is started if the port cannot be had."""
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        reason = (error.strerror or "").partition(" (")[0]
+        raise PropensityError(f"port {port} of {host}: {reason}; choose another with --port") from None
 
 
 def _version() -> str:

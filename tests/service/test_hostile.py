@@ -21,6 +21,7 @@ import httpx2
 import pytest
 
 from service import settings as service_settings
+from service.app import serve
 from service.core.bundle import MANIFEST
 from service.core.errors import PropensityError
 from service.models import load
@@ -388,6 +389,13 @@ def test_a_client_that_stops_sending_does_not_keep_the_service_from_ending(
 def test_an_option_that_the_url_of_the_feature_cache_cannot_have_is_named_before_the_start(query: str) -> None:
     with pytest.raises(PropensityError, match="PROPENSITY_REDIS_URL"):
         service_settings.load(redis_url=f"redis://127.0.0.1:6379/0?{query}")
+
+
+def test_a_port_that_is_taken_is_named_before_anything_is_started(service: ServiceProcess, tmp_path: Path) -> None:
+    taken = service_settings.Settings(_env_file=None, port=service.port, data_dir=tmp_path / "data")
+    with pytest.raises(PropensityError, match=f"port {service.port} of 127.0.0.1: Address already in use"):
+        serve(taken)
+    assert not (tmp_path / "data").exists()
 
 
 def test_a_manifest_nested_beyond_reading_refuses_its_model_alone(tmp_path: Path, write_bundle: WriteBundle) -> None:
