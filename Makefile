@@ -22,7 +22,7 @@ setup: .venv/.ready ## Build .venv with the `propensity` command, to train and t
 setup-dev: .venv/.ready-dev ## The same, with what tests and linters need
 
 run: .run/replayed | .run/trained ## From nothing to an answer: simulated shop, model, service on PORT (8000)
-	@PROPENSITY_DATA_DIR=.run/data $(BIN)/propensity serve --port $(PORT) --first-answer
+	@PROPENSITY_DATA_DIR=.run/data $(BIN)/propensity serve --port $(PORT) --artifacts .run/artifacts --first-answer
 
 test: .venv/.ready-dev system ## Install what the tests need, then check style and types and run every test
 	@$(MAKE) --no-print-directory lint
@@ -68,8 +68,8 @@ again:
 $(SHOP): | .venv/.ready
 	@$(BIN)/propensity simulate --out $(@D) --events 400000 --seed 1
 
-.run/trained: $(SHOP) $(SPEC) $(if $(wildcard artifacts/*/aliases.json),,again)
-	@$(BIN)/propensity train --events $(SHOP) --spec $(SPEC) --artifacts artifacts
+.run/trained: $(SHOP) $(SPEC) $(if $(wildcard .run/artifacts/*/aliases.json),,again)
+	@$(BIN)/propensity train --events $(SHOP) --spec $(SPEC) --artifacts .run/artifacts
 	@touch $@
 
 .run/replayed: $(SHOP) $(SPEC) $(if $(wildcard .run/data/*),,again) | .run/trained

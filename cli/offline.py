@@ -74,13 +74,13 @@ def train(
     predictions: Annotated[Path | None, typer.Option(help="Also write the test rows' scores (Parquet).")] = None,
 ) -> None:
     """Train a model from raw events (or a table), calibrate it, judge it and write a bundle with a report."""
+    paths = [*events, *(more or [])]
+    if bool(paths) == (table is not None):
+        raise PropensityError("give either --events FILES or --table FILE")
     need("training.train")
     from cli.summary import print_trained
     from training import train as training
 
-    paths = [*events, *(more or [])]
-    if bool(paths) == (table is not None):
-        raise PropensityError("give either --events FILES or --table FILE")
     options = training.Options(
         artifacts=artifacts,
         seed=seed,
@@ -128,12 +128,12 @@ def features(
     memory_limit: MemoryLimit = "1GB",
 ) -> None:
     """Compute the features of visitors at given moments: what the service would have seen then."""
-    need("training.point_in_time")
-    from training import point_in_time
-
     paths = [*events, *(more or [])]
     if not paths:
         raise PropensityError("give the event files with --events FILES")
+    need("training.point_in_time")
+    from training import point_in_time
+
     with stages() as report:
         rows = point_in_time.write(
             paths, spec, at, out, max_bad_rows=max_bad_rows, memory_limit=memory_limit, on_progress=report

@@ -51,13 +51,13 @@ def replay(
     memory_limit: MemoryLimit = "1GB",
 ) -> None:
     """Load history into the feature cache. Resumes where it was cut off; running it twice changes nothing."""
+    paths = [*events, *(more or [])]
+    if bool(paths) == (table is not None):
+        raise PropensityError("give either --events FILES or --table FILE")
     need("training.specfile", "training.table")
     from cli import history
     from service import settings
 
-    paths = [*events, *(more or [])]
-    if bool(paths) == (table is not None):
-        raise PropensityError("give either --events FILES or --table FILE")
     with stages() as report:
         if table is not None:
             loaded = asyncio.run(history.replay_table(table, spec, settings.load(), max_bad_rows, report))
@@ -119,8 +119,10 @@ def _ask(url: str, body: Any = None) -> Any:
 
 def _detail(error: urllib.error.HTTPError) -> str:
     try:
-        return str(json.loads(error.read())["detail"])
-    except (ValueError, KeyError, TypeError):
+        problem = json.loads(error.read())
+        hint = "; here: --model NAME" if str(problem.get("type")).endswith("model-not-named") else ""
+        return f"{problem['detail']}{hint}"
+    except (ValueError, KeyError, TypeError, AttributeError):
         return error.reason
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from rich.markup import escape
 from rich.table import Table
 
@@ -9,16 +11,19 @@ from cli.progress import console
 from training.evaluate import Metrics
 from training.train import Trained
 
+SHORT: Final = {"recency, frequency, monetary": "RFM regression"}
+
 
 def print_trained(trained: Trained) -> None:
     """Metrics beside the baselines, then every warning, then where the bundle is and what to do next."""
     model, split = trained.bundle, trained.split.how
     table = Table(title=f"{model.name} {model.version}, judged on rows kept out (split {split})")
-    for heading in ("", "ROC-AUC", "average precision", "log loss", "Brier", "calibration error", "lift, top 10 %"):
+    for heading in ("", "ROC-AUC", "AP", "log loss", "Brier", "ECE", "lift"):
         table.add_column(heading, justify="left" if not heading else "right")
     judgement = trained.judgement
     for name, metrics in {"model": judgement.metrics, **judgement.baselines}.items():
-        table.add_row(name, *_cells(metrics))
+        table.add_row(SHORT.get(name, name), *_cells(metrics))
+    table.caption = "AP: average precision. ECE: expected calibration error. lift: of the best tenth."
     console.print(table)
     for leak in judgement.leaks:
         console.print(f"[bold yellow]Leak?[/] {escape(leak.message)}", highlight=False)

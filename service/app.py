@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+from urllib.parse import urlsplit
 
 import uvicorn
 from fastapi import FastAPI
@@ -28,6 +29,8 @@ from service.metrics import RequestTimer
 from service.scoring import Scorer
 from service.settings import Settings
 from service.store import Store
+
+logger = logging.getLogger(__name__)
 
 _DAY_MS = 86_400_000
 
@@ -111,6 +114,9 @@ async def open_store(settings: Settings, history_ms: int) -> AsyncIterator[Store
             server = embedded.start(settings.data_dir)
             stack.callback(server.close)
             url = server.url
+        logger.info(
+            "feature cache: %s", urlsplit(url)._replace(netloc=urlsplit(url).netloc.rpartition("@")[2]).geturl()
+        )
         store = Store.open(
             url,
             namespace=settings.namespace,

@@ -57,6 +57,8 @@ SCORES: Final = Counter(
 DEGRADED: Final = Counter(
     "propensity_degraded_total", "Scores given without something that was missing (store, model).", ["reason"]
 )
+for _reason in ("store", "model"):  # a rate needs the 0 before the first time
+    DEGRADED.labels(_reason)
 EVENTS: Final = Counter("propensity_events_total", "Events received: accepted, ignored, or refused.", ["outcome"])
 BROKEN_RECORDS: Final = Counter(
     "propensity_broken_records_total", "Stored records whose check is wrong; they were skipped."

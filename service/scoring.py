@@ -7,6 +7,7 @@ history, without a model it is put into a segment by rules, and `degraded` says 
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
 import uuid
@@ -30,6 +31,8 @@ from service.core.spec import Feature, Request, Trait
 from service.errors import InvalidRequest, Place, ServiceError, StoreError, pointer
 from service.models import Models
 from service.store import MOST_EVENTS, History, Store
+
+logger = logging.getLogger(__name__)
 
 # Visitors that are read and scored in one go. Between two goes other requests have their turn.
 GROUP: Final = 100
@@ -106,6 +109,7 @@ class Scorer:
         self._store, self._models, self._deadline_ms, self._now_ms = store, models, deadline_ms, now_ms
         self._queue: deque[_Waiting] = deque()
         self._drain: asyncio.Task[None] | None = None
+        self._is_lost = False
 
     async def score_one(self, request: ScoreRequest) -> Score | ScoreFailure:
         """The score of one request, together with those that wait beside it."""
@@ -176,9 +180,22 @@ class Scorer:
         with metrics.stage("store"):
             try:
                 async with asyncio.timeout_at(deadline):
-                    return await self._store.read(visitor_ids)
-            except (StoreError, TimeoutError):
+                    histories = await self._store.read(visitor_ids)
+            except (StoreError, TimeoutError) as error:
+                self._note_cache(lost=error)
                 return None
+        self._note_cache(lost=None)
+        return histories
+
+    def _note_cache(self, lost: Exception | None) -> None:
+        """Log when the feature cache goes and when it is back, once each."""
+        if lost is not None and not self._is_lost:
+            logger.warning(
+                "the feature cache does not answer (%s); visitors are scored without it", str(lost) or "too slow"
+            )
+        elif lost is None and self._is_lost:
+            logger.warning("the feature cache answers again")
+        self._is_lost = lost is not None
 
 
 class _Waiting(NamedTuple):

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from service.core import bundle, segments
 from service.core.bundle import Golden, Manifest
+from service.core.errors import PropensityError
 from service.core.features import Plan
 from service.core.spec import FeatureSpec, Request, Trait, format_duration
 from training import reference, report
@@ -104,7 +105,7 @@ def _write_json(path: Path, content: Any) -> None:
 
 
 def golden_cases(rows: Sequence[GoldenRow], plan: Plan, fitted: Fitted) -> list[Golden]:
-    """What each row is made from, with its vector and score, as `golden.json` has it."""
+    """What each row is made from, with its vector and score, as `golden.json` has it; JSON has no infinite values."""
     cases = [
         Golden(
             records=base64.b64encode(row.records.tobytes()),
@@ -117,11 +118,16 @@ def golden_cases(rows: Sequence[GoldenRow], plan: Plan, fitted: Fitted) -> list[
         for row in rows
     ]
     vectors = bundle.golden_vectors(plan, cases)
+    finite = [not np.isinf(vector).any() for vector in vectors]
+    if not any(finite):
+        column = int(np.isinf(vectors).any(axis=0).argmax())
+        raise PropensityError(f"features.{plan.spec.names[column]} is infinite on every row; give the ratio a prior")
     scores = fitted.predict(vectors)
     plain = [tuple(None if math.isnan(x) else float(x) for x in vector) for vector in vectors]
     return [
         case.model_copy(update={"vector": vector, "score": float(score)})
-        for case, vector, score in zip(cases, plain, scores, strict=True)
+        for case, vector, score, kept in zip(cases, plain, scores, finite, strict=True)
+        if kept
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,6 +11,7 @@ import duckdb
 import numpy as np
 import numpy.typing as npt
 import pyarrow
+import pyarrow.csv
 import pyarrow.parquet
 
 from service.core import events, features
@@ -21,7 +22,9 @@ from training import source, specfile, sql
 from training.dataset import View
 from training.source import EventLog, Partition
 
-_OUTPUTS: Final = {".parquet": "FORMAT parquet", ".csv": "FORMAT csv, HEADER"}
+_OWN_COLUMNS: Final = {"visitor_id": pyarrow.string(), "at": pyarrow.int64()}
+_OUTPUTS: Final = {".parquet": pyarrow.parquet.ParquetWriter, ".csv": pyarrow.csv.CSVWriter}
+_BATCH_ROWS: Final = 100_000
 
 
 def write(
@@ -42,6 +45,9 @@ def write(
     if out.suffix not in _OUTPUTS:
         raise PropensityError(f"{out}: cannot write this kind of file; name it .parquet or .csv")
     spec = specfile.load(spec_path)
+    taken = [name for name in _OWN_COLUMNS if name in spec.features]
+    if taken:
+        raise PropensityError(f"features.{taken[0]}: the output has a column of this name; choose another")
     plan = features.compile(spec)
     with tempfile.TemporaryDirectory(prefix="propensity-") as workdir:
         log = source.read(
@@ -62,7 +68,7 @@ def write(
             pyarrow.parquet.write_table(table, parts / f"{index}.parquet")
             on_progress("Computing features", (index + 1) / log.partitions)
         on_progress("Writing", 0)
-        _write_in_order(log.connection, parts, out)
+        _write_in_order(log.connection, parts, spec.names, out)
     return total
 
 
@@ -107,9 +113,12 @@ def _features_of(plan: Plan, log: EventLog, index: int) -> Any:
         request[:, place] = np.ma.filled(asked[f"request{place}"], np.nan)
     partition = log.partition(index)
     matrix = vectors(plan, partition, np.asarray(asked["visitor_hash"]), np.asarray(asked["at_ms"]), request)
-    columns = {"number": asked["number"], "visitor_id": np.asarray(asked["visitor_id"], object), "at": asked["at_ms"]}
-    columns |= dict(zip(plan.spec.names, matrix.T, strict=True))
-    return pyarrow.table({name: pyarrow.array(np.ascontiguousarray(values)) for name, values in columns.items()})
+    own = (asked["number"], np.asarray(asked["visitor_id"], object), asked["at_ms"])
+    columns = [np.ascontiguousarray(values) for values in (*own, *matrix.T)]
+    types = [pyarrow.int64(), *_OWN_COLUMNS.values(), *[pyarrow.float32()] * plan.width]
+    arrays = [pyarrow.array(values, kind) for values, kind in zip(columns, types, strict=True)]
+    # Numbered, since DuckDB takes names that differ in case alone for one.
+    return pyarrow.table(arrays, [f"column{place}" for place in range(len(arrays))])
 
 
 def vectors(
@@ -134,11 +143,14 @@ def vectors(
     return out
 
 
-def _write_in_order(connection: duckdb.DuckDBPyConnection, parts: Path, out: Path) -> None:
+def _write_in_order(connection: duckdb.DuckDBPyConnection, parts: Path, names: Sequence[str], out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     fresh = out.with_name(f".{out.name}.new")
-    connection.execute(
-        f"COPY (SELECT * EXCLUDE (number) FROM read_parquet({sql.literal(f'{parts}/*.parquet')}) ORDER BY number) "
-        f"TO {sql.literal(str(fresh))} ({_OUTPUTS[out.suffix]})"
-    )
+    fields = [*_OWN_COLUMNS.items(), *((name, pyarrow.float32()) for name in names)]
+    schema = pyarrow.schema(fields)
+    files = [str(file) for file in parts.iterdir()]
+    rows = connection.sql("SELECT * EXCLUDE column0 FROM read_parquet(?) ORDER BY column0", params=[files])
+    with _OUTPUTS[out.suffix](str(fresh), schema) as writer:
+        for batch in rows.to_arrow_reader(_BATCH_ROWS):
+            writer.write_batch(pyarrow.record_batch(batch.columns, schema=schema))
     fresh.replace(out)

@@ -25,7 +25,8 @@ def bins_of(values: npt.NDArray[np.float32], edges: npt.NDArray[np.float64] | No
     """Bins of about equal share (edges None), or between given edges; values: float32[n], NaN counted apart."""
     known = values[~np.isnan(values)].astype(np.float64)
     if edges is None:
-        inner = np.quantile(known, np.linspace(0, 1, BINS + 1)[1:-1]) if len(known) else np.empty(0)
+        finite = known[np.isfinite(known)]  # a ratio may be infinite, an edge may not
+        inner = np.quantile(finite, np.linspace(0, 1, BINS + 1)[1:-1]) if len(finite) else np.empty(0)
         edges = np.unique(inner)
     counts = np.bincount(np.searchsorted(edges, known, "right"), minlength=len(edges) + 1)
     shares = np.concatenate(([len(values) - len(known)], counts)) / max(len(values), 1)

@@ -240,6 +240,13 @@ class Relation:
         return scan
 
     def _scan_csv(self, listed: str) -> str:
+        try:
+            return self._scan_csv_as(listed)
+        except (UnreadableEvents, duckdb.Error):
+            # Line ends of both kinds in one file, as after joining two exports, are no CSV by the letter.
+            return self._scan_csv_as(f"{listed}, strict_mode = false")
+
+    def _scan_csv_as(self, listed: str) -> str:
         columns = self._describe(f"read_csv({listed}, sample_size = {_SNIFFED_ROWS}, ignore_errors = true)")
         types = self._as_text(columns, self._written_otherwise(listed, columns))
         return f"read_csv({listed}, types = {{{types}}}, {_REJECTS})"
@@ -651,6 +658,7 @@ def _summarise(
         examples = connection.execute(
             f"SELECT DISTINCT bad FROM {table} WHERE bad IS NOT NULL ORDER BY bad LIMIT 5", [written]
         ).fetchall()
+        missing = missing | _numberless(connection, spec, written)
     rows, kept, ignored, bad, visitors, first_ms, last_ms, fingerprint = counts
     return Summary(
         files=tuple(file.name for file in files),
@@ -665,6 +673,21 @@ def _summarise(
         last_ms=last_ms,
         fingerprint=fingerprint,
     )
+
+
+def _numberless(connection: duckdb.DuckDBPyConnection, spec: FeatureSpec, written: Sequence[str]) -> set[str]:
+    """Values of the catalogue that are not a number in any event of their kind, and how that often happens."""
+    filled = connection.execute(
+        "SELECT kind, count(value) FROM read_parquet(?, hive_partitioning = false, union_by_name = true) "
+        "WHERE bad IS NULL AND kind > 0 GROUP BY kind",
+        [list(written)],
+    ).fetchall()
+    names = {kind.code: kind.value for kind in spec.events.values()}
+    return {
+        f"number in {names[code]} (for decimal commas map it as replace(COLUMN, ',', '.'))"
+        for code, count in filled
+        if names.get(code) is not None and not count
+    }
 
 
 def rejects(connection: duckdb.DuckDBPyConnection) -> tuple[int, list[str]]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 _NUMERIC: Final = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "DECIMAL", "FLOAT", "DOUBLE")
+_NUMBER: Final = r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*"
 _NESTED: Final = ("STRUCT", "MAP", "UNION")
 
 
@@ -107,8 +108,9 @@ def number(field: Field) -> str:
         return "NULL::DOUBLE"
     if _is_number(field.kind):
         return f"{field.sql}::DOUBLE"
-    # DuckDB reads 1_000 as a number, `ingest` does not.
-    return f"TRY_CAST(replace({field.sql}::VARCHAR, '_', '?') AS DOUBLE)"
+    # DuckDB also reads 1_000 and +-0 as numbers, `ingest` does not.
+    text = f"{field.sql}::VARCHAR"
+    return f"CASE WHEN regexp_full_match({text}, {literal(_NUMBER)}) THEN TRY_CAST({text} AS DOUBLE) END"
 
 
 def number_or_flag(field: Field) -> str:

@@ -939,10 +939,15 @@ def test_an_empty_file_among_others_does_no_harm(tmp_path: Path, shop: FeatureSp
 def test_files_without_an_event_of_the_catalogue_show_the_names_that_they_have(
     tmp_path: Path, shop: FeatureSpec
 ) -> None:
-    write_csv(tmp_path / "log.csv", "userId,event,timestamp\na,purchase,1764579600\nb,view,1764579600\nb,view,1\n")
-    told = refused(tmp_path, shop)
-    assert told.startswith("none of 3 rows is an event of the catalogue (Product Viewed, Product Added, ")
-    assert "; the files have purchase, view; map the files' event names with source.event in the spec" in told
+    rows = [("a", "purchase"), ("b", "view"), ("b", "view")]
+    write_csv(tmp_path / "log.csv", "userId,event,timestamp\n" + "".join(f"{a},{b},1764579600\n" for a, b in rows))
+    write_lines(tmp_path / "log.ndjson", [{"userId": a, "event": f"{b}!", "timestamp": 1764579600} for a, b in rows])
+    for file, names in ((tmp_path / "log.csv", "purchase, view"), (tmp_path / "log.ndjson", "purchase!, view!")):
+        with pytest.raises(UnreadableEvents) as caught:
+            read(file, shop)
+        told = str(caught.value)
+        assert told.startswith("none of 3 rows is an event of the catalogue (Product Viewed, Product Added, ")
+        assert f"; the files have {names}; map the files' event names with source.event in the spec" in told
 
 
 @pytest.mark.parametrize("name", ["log.csv.gz", "log.ndjson.gz", "log.parquet"])
