@@ -712,7 +712,8 @@ def _plain(column: Any, absent: Any) -> npt.NDArray[Any]:
 
 def _assemble(spec: FeatureSpec, loaded: Mapping[str, Any], with_ids: bool) -> Partition:
     visitor = _plain(loaded["visitor_hash"], 0).astype(np.uint64)
-    hashes, row = np.unique(visitor, return_inverse=True)
+    row = np.cumsum(np.concatenate(([False], visitor[1:] != visitor[:-1]))[: len(visitor)])  # rows come sorted
+    hashes = visitor[np.searchsorted(row, np.arange(row[-1] + 1 if len(row) else 0))]
     attribute = _plain(loaded["attribute"], 0).astype(np.uint32)
     value = _plain(loaded["value"], np.nan).astype(np.float32)
     identifier = _plain(loaded["id"], 0).astype(np.uint32)
@@ -770,21 +771,51 @@ def _trait_changes(
         value = _plain(loaded[f"trait{place}"], np.nan).astype(np.float32)
         text = _plain(loaded[f"hash{place}"], 0).astype(np.uint32) if is_text else np.zeros(len(value), np.uint32)
         known = np.flatnonzero(text != 0 if is_text else np.isfinite(value))
+        known = known[~_inside_run(text[known], value[known], row[known], ts_ms[known])]
         kind = events.TRAIT_TEXT if is_text else events.TRAIT_NUMBER
         made = events.records(ts_ms[known], kind, events.hash32(key), text[known], value[known])
         order = _order_ties(made, row[known])
         made, owner = made[order], row[known][order]
         first = events.first_of_each(made, owner)
         made, owner = made[first], owner[first]
-        same = (made["attribute"][1:] == made["attribute"][:-1]) & (owner[1:] == owner[:-1])
-        same &= made["value"][1:].view(np.uint32) == made["value"][:-1].view(np.uint32)
-        kept = np.concatenate(([True], ~same))[: len(made)]
+        kept = ~_same_as_before(made["attribute"], made["value"], owner)
         kept |= np.concatenate((owner[1:] != owner[:-1], [True]))[: len(made)]
         parts.append(made[kept])
         owners.append(owner[kept])
     joined, owner = np.concatenate(parts), np.concatenate(owners)
     order = events.canonical_order(joined, owner)
     return joined[order], owner[order]
+
+
+def _same_as_before(
+    text: npt.NDArray[np.uint32], value: npt.NDArray[np.float32], owner: npt.NDArray[np.int64]
+) -> npt.NDArray[np.bool_]:
+    """bool[n]: whether a trait of the same visitor says the same as the one before it."""
+    same = np.zeros(len(text), np.bool_)
+    bits = value.view(np.uint32)  # NaN is the same as NaN
+    same[1:] = (text[1:] == text[:-1]) & (bits[1:] == bits[:-1]) & (owner[1:] == owner[:-1])
+    return same
+
+
+def _inside_run(
+    text: npt.NDArray[np.uint32],
+    value: npt.NDArray[np.float32],
+    owner: npt.NDArray[np.int64],
+    ts_ms: npt.NDArray[np.int64],
+) -> npt.NDArray[np.bool_]:
+    """bool[n]: which of a trait's rows, sorted by (owner, ts), are surely neither a change nor the last.
+
+    Of rows in one millisecond one alone will count, so neither they nor the one after them are sure.
+    """
+    inside = np.zeros(len(text), np.bool_)
+    if len(text) > 2:
+        same = _same_as_before(text, value, owner)
+        again = np.zeros(len(text), np.bool_)
+        again[1:] = (ts_ms[1:] == ts_ms[:-1]) & (owner[1:] == owner[:-1])
+        unsure = again.copy()
+        unsure[:-1] |= again[1:]
+        inside[1:-1] = same[1:-1] & same[2:] & ~unsure[1:-1] & ~unsure[:-2]
+    return inside
 
 
 def _empty(spec: FeatureSpec, with_ids: bool) -> Partition:
