@@ -39,6 +39,9 @@ _READERS: Final = {
 # A partition is loaded whole: a million events take some 300 MB while they are sorted and turned into rows.
 _PARTITION_ROWS: Final = 1_000_000
 _MAX_PARTITIONS: Final = 256
+# Every thread holds its rows until they are written: 20 million events on 64 threads did not fit into 1 GB.
+_MOST_THREADS: Final = 8
+_FLUSHED_ROWS: Final = 100_000
 _HEAD_BYTES: Final = 1 << 20
 _SNIFFED_ROWS: Final = 200_000
 # A line that does not fit the columns' types is kept in a table of its own, to be counted and shown.
@@ -116,7 +119,7 @@ class EventLog:
                 [files],
             ).fetchnumpy()
         except duckdb.Error as error:
-            raise UnreadableEvents(f"{first_line(error)}; raise --memory-limit or free the disk") from None
+            raise UnreadableEvents(first_line(error)) from None
         return _assemble(self.spec, loaded, with_ids)
 
 
@@ -166,7 +169,11 @@ def connect(workdir: Path, memory_limit: str = "1GB") -> duckdb.DuckDBPyConnecti
         connection = duckdb.connect(config={"memory_limit": memory_limit, "temp_directory": str(workdir / "spill")})
     except duckdb.Error as error:
         raise PropensityError(f"--memory-limit {memory_limit}: {first_line(error)}; write for example 1GB") from None
-    connection.execute("SET TimeZone = 'UTC'; SET preserve_insertion_order = false; SET enable_progress_bar = false")
+    threads = min(int(connection.execute("SELECT current_setting('threads')").fetchall()[0][0]), _MOST_THREADS)
+    connection.execute(
+        "SET TimeZone = 'UTC'; SET preserve_insertion_order = false; SET enable_progress_bar = false; "
+        f"SET threads = {threads}; SET partitioned_write_flush_threshold = {_FLUSHED_ROWS}"
+    )
     return connection
 
 
@@ -559,7 +566,8 @@ def _pattern(path: Path) -> str:
 
 def first_line(error: object) -> str:
     """The first line of a library's message, which is all that a person needs of it."""
-    return str(error).strip().splitlines()[0]
+    advice = "; raise --memory-limit" if isinstance(error, duckdb.OutOfMemoryException) else ""
+    return str(error).strip().splitlines()[0] + advice
 
 
 def _names(spec: FeatureSpec) -> str:

@@ -992,7 +992,7 @@ def test_memory_that_is_no_amount_is_refused_and_too_little_is_told(tmp_path: Pa
     path = write_csv(tmp_path / "log.csv", "userId,event,timestamp\n" + "a,Home,1764579600\n" * 100_000)
     with pytest.raises(PropensityError, match=r"--memory-limit lots: .*; write for example 1GB"):
         read(path, shop, memory_limit="lots")
-    with pytest.raises(UnreadableEvents, match=r"Out of Memory"):
+    with pytest.raises(UnreadableEvents, match=r"Out of Memory Error: .*; raise --memory-limit"):
         read(path, shop, memory_limit="1MB")
 
 
