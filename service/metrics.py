@@ -59,6 +59,43 @@ DEGRADED: Final = Counter(
 )
 for _reason in ("store", "model"):  # a rate needs the 0 before the first time
     DEGRADED.labels(_reason)
+BATCH_VISITORS: Final = Histogram(
+    "propensity_batch_visitors",
+    "Visitors that were read and scored together.",
+    buckets=(1, 2, 4, 8, 16, 32, 64, 128),
+)
+STORE_READS: Final = Counter(
+    "propensity_store_reads_total",
+    "Reads of the feature cache for scores: ok, late, failed, or skipped since the breaker is open.",
+    ["outcome"],
+)
+for _outcome in ("ok", "late", "failed", "skipped"):
+    STORE_READS.labels(_outcome)
+BREAKER_STATE: Final = Gauge(
+    "propensity_breaker_state",
+    "Workers whose circuit breaker of the feature cache is closed, open, or half_open.",
+    ["state"],
+    multiprocess_mode="livesum",
+)
+IN_FLIGHT: Final = Gauge(
+    "propensity_in_flight",
+    "Requests that are being answered, scores of one visitor apart.",
+    multiprocess_mode="livesum",
+)
+QUEUE_LENGTH: Final = Gauge(
+    "propensity_queue_length", "Scores that wait for their turn or for the feature cache.", multiprocess_mode="livesum"
+)
+SHED: Final = Counter(
+    "propensity_shed_total", "Requests answered 429, since the queue or the requests in_flight were full.", ["reason"]
+)
+for _reason in ("queue", "in_flight"):
+    SHED.labels(_reason)
+SCORE_LOG: Final = Counter(
+    "propensity_score_log_total", "Served scores for the stream of scores: written, or dropped.", ["outcome"]
+)
+for _outcome in ("written", "dropped"):
+    SCORE_LOG.labels(_outcome)
+WORKER_RESTARTS: Final = Counter("propensity_worker_restarts_total", "Workers that ended unasked and were replaced.")
 EVENTS: Final = Counter("propensity_events_total", "Events received: accepted, ignored, or refused.", ["outcome"])
 BROKEN_RECORDS: Final = Counter(
     "propensity_broken_records_total", "Stored records whose check is wrong; they were skipped."

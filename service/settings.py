@@ -51,6 +51,21 @@ class Settings(BaseSettings):
         description="Milliseconds a score waits for the feature cache before it is made without it. "
         "Raise it where the cache is in another zone; lower it where a page waits.",
     )
+    max_deadline_ms: Positive = Field(
+        1000, description="Most milliseconds that the header X-Request-Timeout-Ms can ask for instead of deadline_ms."
+    )
+    request_timeout_s: Positive = Field(
+        10, description="Seconds a client may take to send a request, before its connection is closed."
+    )
+    shutdown_delay_ms: int = Field(
+        1000,
+        ge=0,
+        description="Milliseconds between SIGTERM, when /readyz turns 503, and refusing connections; as long as the "
+        "load balancer needs to notice.",
+    )
+    shutdown_timeout_s: Positive = Field(
+        10, description="Seconds that requests in flight have to end after that; a client may never finish its own."
+    )
     redis_timeout_ms: Positive = Field(
         1000,
         description="Milliseconds one command may take when events are written or a visitor is looked up.",
@@ -60,6 +75,24 @@ class Settings(BaseSettings):
     )
     redis_connections: Positive = Field(
         32, description="Connections a process opens at most; requests beyond them wait in their deadline."
+    )
+    breaker_failures: Positive = Field(
+        5, description="Reads of the feature cache that fail in a row before scores are made without asking it."
+    )
+    breaker_pause_ms: Positive = Field(
+        1000, description="Milliseconds until one read tries whether it is back; the longest that it goes unnoticed."
+    )
+    workers: Positive = Field(
+        1,
+        description="Processes that serve, each with a listening socket of its own; one a core, where the feature "
+        "cache has a core of its own.",
+    )
+    queue_length: Positive = Field(
+        256,
+        description="Scores that may wait in a worker; beyond them 429. More than it scores in deadline_ms is late.",
+    )
+    in_flight: Positive = Field(
+        256, description="Other requests that a worker handles at once; beyond them 429. Each may hold a body_bytes."
     )
     event_bytes: Positive = Field(
         32 * 1024, description="Bytes of JSON one event may have; larger ones are refused one by one."
@@ -73,6 +106,14 @@ class Settings(BaseSettings):
     batch_visitors: Positive = Field(1000, description="Visitors one batch may ask for; raise body_bytes with it.")
     quarantine_length: Positive = Field(
         1000, description="Refused events kept, about, for a look and a replay; each may have event_bytes."
+    )
+    score_log_length: int = Field(
+        1000,
+        ge=0,
+        description="Entries of the stream of served scores, of up to 100 scores each; 0 where nobody reads it.",
+    )
+    score_log_buffer: Positive = Field(
+        10_000, description="Served scores a worker holds until they are in the stream; beyond them they are dropped."
     )
     retention_slack_days: int = Field(
         7,
