@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 import signal
@@ -21,12 +22,15 @@ from pydantic.json_schema import models_json_schema
 from service import embedded, errors, models
 from service.api import events, health, inference, scores, visitors
 from service.api import models as models_api
+from service.api.admission import Admission
 from service.api.express import ExpressLane
 from service.api.state import State
 from service.api.tensors import InferIn
 from service.core.errors import PropensityError
+from service.http import KEEP_ALIVE_S, Protocol, close_stalled
 from service.metrics import RequestTimer
-from service.scoring import Scorer
+from service.score_log import ScoreLog
+from service.scorer import Scorer
 from service.settings import Settings
 from service.store import Store
 
@@ -56,8 +60,8 @@ def create_app(settings: Settings) -> FastAPI:
     )
     for noun in (scores, events, visitors, models_api, inference, health):
         app.include_router(noun.router)
+    app.add_middleware(Admission, most=settings.in_flight)
     app.add_middleware(RequestTimer)
-    app.add_middleware(ExpressLane)
     errors.install(app)
     app.openapi = _openapi(app)  # type: ignore[method-assign]
     return app
@@ -76,10 +80,11 @@ def serve(settings: Settings) -> None:
             host=settings.host,
             port=settings.port,
             loop="uvloop",
-            http="httptools",
+            http=Protocol,
             access_log=False,
             server_header=False,
             proxy_headers=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=10,  # a client that never finishes its request must not keep it from ending
             log_config=None,
         )
@@ -134,13 +139,27 @@ async def open_state(settings: Settings) -> AsyncIterator[State]:
     """The resources of one process: the models, the feature cache, and the scorer that has both."""
     loaded = models.load(settings.artifacts, settings.default_model)
     async with open_store(settings, loaded.history_ms) as store:
-        scorer = Scorer(store, loaded, deadline_ms=settings.deadline_ms)
+        scorer = Scorer(
+            store,
+            loaded,
+            deadline_ms=settings.deadline_ms,
+            max_deadline_ms=settings.max_deadline_ms,
+            queue_length=settings.queue_length,
+            breaker_failures=settings.breaker_failures,
+            breaker_pause_ms=settings.breaker_pause_ms,
+        )
+        log = ScoreLog(store, length=settings.score_log_length, buffer=settings.score_log_buffer)
+        lane = ExpressLane(scorer, log, settings.body_bytes)
+        stalled = asyncio.create_task(close_stalled(lane.connections, settings.request_timeout_s))
         # What lives as long as the process need not be looked at in every collection.
         gc.collect()
         gc.freeze()
         try:
-            yield State(settings=settings, models=loaded, store=store, scorer=scorer)
+            yield State(settings=settings, models=loaded, store=store, scorer=scorer, score_log=log, lane=lane)
         finally:
+            stalled.cancel()
+            scorer.close()
+            await log.close()
             gc.unfreeze()
 
 

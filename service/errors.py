@@ -115,6 +115,14 @@ class StoreError(ServiceError):
     headers = {"Retry-After": "1"}
 
 
+class Overloaded(ServiceError):
+    """More requests at once than this process answers in time."""
+
+    status = 429
+    code = "overloaded"
+    headers = {"Retry-After": "1"}
+
+
 class Problem(BaseModel):
     """An error, as RFC 9457 describes it."""
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import cache
 from typing import Final
 
@@ -125,19 +124,40 @@ def scores(model: str, version: str, segment: str) -> Counter:
     return SCORES.labels(model, version, segment)
 
 
-@contextmanager
-def stage(name: str) -> Iterator[None]:
-    """Time a stage of scoring, also where it fails."""
-    started = time.perf_counter()
-    try:
-        yield
-    finally:
-        _stage(name).observe(time.perf_counter() - started)
+@cache
+def stage(name: str) -> Histogram:
+    """The histogram of one stage of scoring."""
+    return STAGE_SECONDS.labels(name)
 
 
 @cache
-def _stage(name: str) -> Histogram:
-    return STAGE_SECONDS.labels(name)
+def store_reads(outcome: str) -> Counter:
+    """The counter of reads of the feature cache that ended so."""
+    return STORE_READS.labels(outcome)
+
+
+@cache
+def degraded(reason: str) -> Counter:
+    """The counter of scores without something."""
+    return DEGRADED.labels(reason)
+
+
+@cache
+def shed(reason: str) -> Counter:
+    """The counter of requests that were one too many."""
+    return SHED.labels(reason)
+
+
+@cache
+def score_log(outcome: str) -> Counter:
+    """The counter of served scores that were written to the stream, or dropped."""
+    return SCORE_LOG.labels(outcome)
+
+
+def set_breaker_state(state: str) -> None:
+    """Say in which state the breaker of this worker is."""
+    for known in ("closed", "open", "half_open"):
+        BREAKER_STATE.labels(known).set(known == state)
 
 
 def exposition() -> bytes:

@@ -1,4 +1,4 @@
-"""The way from visitor ids to scores: read the histories, compute the features, ask the model, decide.
+"""From histories to scores: compute the features, ask the model, decide. `service.scorer` reads the histories.
 
 Nothing that is missing keeps a visitor from an answer: without the feature cache a visitor is scored as one without
 history, without a model it is put into a segment by rules, and `degraded` says so.
@@ -6,16 +6,14 @@ history, without a model it is put into a segment by rules, and `degraded` says 
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import math
+import os
 import time
-import uuid
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Annotated, Any, Final, NamedTuple
+from typing import Annotated, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,14 +26,9 @@ from service.core.events import FLOAT32_END, RECORD_BYTES, Records
 from service.core.features import Plan
 from service.core.segments import SEGMENTS
 from service.core.spec import Feature, Request, Trait
-from service.errors import InvalidRequest, Place, ServiceError, StoreError, pointer
-from service.models import Models
-from service.store import MOST_EVENTS, History, Store
+from service.errors import InvalidRequest, Place, ServiceError, pointer
+from service.store import MOST_EVENTS, History
 
-logger = logging.getLogger(__name__)
-
-# Visitors that are read and scored in one go. Between two goes other requests have their turn.
-GROUP: Final = 100
 _DAY_MS: Final = 86_400_000
 
 Matrix = npt.NDArray[np.float32]
@@ -60,7 +53,7 @@ class ScoreRequest:
     features: Mapping[str, object] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Score:
     """The answer for one visitor."""
 
@@ -96,140 +89,35 @@ class ScoreFailure:
     error: ServiceError
 
 
-class Scorer:
-    """Scores visitors. One per process.
+class Timing(NamedTuple):
+    """Milliseconds that a score waited for its turn, and those of each stage, which its group went through together."""
 
-    Requests that come one by one while others are being scored wait for each other: whatever has queued meanwhile is
-    taken up next as one group, with one read, one call of the kernel and one of the model. Nobody waits for company.
-    """
+    queue: float = 0.0
+    store: float = 0.0
+    features: float = 0.0
+    model: float = 0.0
 
-    def __init__(
-        self, store: Store, models: Models, *, deadline_ms: float, now_ms: Callable[[], int] = unix_ms
-    ) -> None:
-        self._store, self._models, self._deadline_ms, self._now_ms = store, models, deadline_ms, now_ms
-        self._queue: deque[_Waiting] = deque()
-        self._drain: asyncio.Task[None] | None = None
-        self._is_lost = False
-
-    async def score_one(self, request: ScoreRequest) -> Score | ScoreFailure:
-        """The score of one request, together with those that wait beside it."""
-        answer: asyncio.Future[Score | ScoreFailure] = asyncio.get_running_loop().create_future()
-        self._queue.append(_Waiting(request, answer, self._deadline()))
-        if self._drain is None:
-            self._drain = asyncio.create_task(self._score_waiting())
-        return await answer
-
-    async def _score_waiting(self) -> None:
-        try:
-            while self._queue:
-                group = [self._queue.popleft() for _ in range(min(len(self._queue), GROUP))]
-                group = [one for one in group if not one.answer.done()]  # its client went away
-                try:
-                    deadline = min((one.deadline for one in group), default=0.0)
-                    scores = await self._score_group([one.request for one in group], deadline)
-                except Exception as error:  # a bug: each request of the group reports it, those to come are scored
-                    for one in group:
-                        if not one.answer.done():
-                            one.answer.set_exception(error)
-                    continue
-                for one, score in zip(group, scores, strict=True):
-                    if not one.answer.done():
-                        one.answer.set_result(score)
-        finally:
-            self._drain = None
-
-    async def score(self, requests: Sequence[ScoreRequest]) -> list[Score | ScoreFailure]:
-        """The score of each request, in order; all are scored at the moment they are taken up."""
-        scores: list[Score | ScoreFailure] = []
-        deadline = self._deadline()
-        for first in range(0, len(requests), GROUP):
-            scores += await self._score_group(requests[first : first + GROUP], deadline)
-        return scores
-
-    def _deadline(self) -> float:
-        """Until when, on the loop's clock, a request that arrives now may wait for the feature cache."""
-        return asyncio.get_running_loop().time() + self._deadline_ms / 1000
-
-    async def _score_group(self, requests: Sequence[ScoreRequest], deadline: float) -> list[Score | ScoreFailure]:
-        now_ms = self._now_ms()
-        histories = await self._read([request.visitor_id for request in requests], deadline)
-        known = histories or [History()] * len(requests)
-        degraded = [] if histories is not None else ["store"]
-        at = iso_8601(now_ms)
-        scores: list[Score | ScoreFailure | None] = [None] * len(requests)
-        by_model: dict[str | None, list[int]] = {}
-        for place, request in enumerate(requests):
-            by_model.setdefault(request.model, []).append(place)
-        for name, chosen in by_model.items():
-            asked, histories_of = [requests[place] for place in chosen], [known[place] for place in chosen]
-            batch = _Batch(asked, histories_of, now_ms, at, degraded)
-            for place, answer in zip(chosen, self._score_batch(name, batch), strict=True):
-                scores[place] = answer
-        return [answer for answer in scores if answer is not None]
-
-    def _score_batch(self, name: str | None, batch: _Batch) -> list[Score | ScoreFailure]:
-        try:
-            bundle = self._models.choose(name)
-        except ServiceError as error:
-            return [ScoreFailure(request.visitor_id, error) for request in batch.requests]
-        return _score_by_rule(name, batch) if bundle is None else _score_by_model(bundle, batch)
-
-    async def _read(self, visitor_ids: Sequence[str], deadline: float) -> list[History] | None:
-        if asyncio.get_running_loop().time() >= deadline:
-            return None
-        with metrics.stage("store"):
-            try:
-                async with asyncio.timeout_at(deadline):
-                    histories = await self._store.read(visitor_ids)
-            except (StoreError, TimeoutError) as error:
-                self._note_cache(lost=error)
-                return None
-        self._note_cache(lost=None)
-        return histories
-
-    def _note_cache(self, lost: Exception | None) -> None:
-        """Log when the feature cache goes and when it is back, once each."""
-        if lost is not None and not self._is_lost:
-            logger.warning(
-                "the feature cache does not answer (%s); visitors are scored without it", str(lost) or "too slow"
-            )
-        elif lost is None and self._is_lost:
-            logger.warning("the feature cache answers again")
-        self._is_lost = lost is not None
-
-
-class _Waiting(NamedTuple):
-    """A request of its own, and where its answer is awaited."""
-
-    request: ScoreRequest
-    answer: asyncio.Future[Score | ScoreFailure]
-    deadline: float
+    def header(self) -> str:
+        """The value of a Server-Timing header."""
+        return "queue;dur={:.2f}, store;dur={:.2f}, features;dur={:.2f}, model;dur={:.2f}".format(*self)
 
 
 @dataclass(frozen=True, slots=True)
-class _Batch:
-    """Requests for one model, with the histories of their visitors."""
+class Batch:
+    """Requests for one model, with the histories of their visitors, at one moment."""
 
     requests: Sequence[ScoreRequest]
     histories: Sequence[History]
     now_ms: int
-    scored_at: str
-    degraded: Sequence[str]
+    degraded: tuple[str, ...] = ()
 
-    def score(self, place: int, activity: Activity, reasons: Sequence[str] = (), **decided: Any) -> Score:
-        degraded = [*self.degraded, *reasons]
-        for reason in degraded:
-            metrics.DEGRADED.labels(reason).inc()
-        metrics.scores(decided["model"] or "", decided["version"] or "", decided["segment"]).inc()
-        return Score(
-            score_id=str(uuid.uuid4()),
-            visitor_id=self.requests[place].visitor_id,
-            scored_at=self.scored_at,
-            events=activity.events,
-            last_event_age_s=activity.last_event_age_s,
-            degraded=degraded,
-            **decided,
-        )
+
+class Scored(NamedTuple):
+    """The answers of a batch in order, and how long features and model took."""
+
+    answers: Sequence[Score | ScoreFailure]
+    features_ms: float = 0.0
+    model_ms: float = 0.0
 
 
 class Activity(NamedTuple):
@@ -244,44 +132,81 @@ def iso_8601(ms: int) -> str:
     return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def _score_by_model(bundle: Bundle, batch: _Batch) -> list[Score | ScoreFailure]:
-    with metrics.stage("features"):
-        found = evaluate(bundle.plan, batch.histories, batch.now_ms, [request.context for request in batch.requests])
+def score_by_model(bundle: Bundle, batch: Batch) -> Scored:
+    """Score a batch by its model."""
+    started = time.perf_counter()
+    found = evaluate(bundle.plan, batch.histories, batch.now_ms, [request.context for request in batch.requests])
+    failures = _override(bundle.plan, found.matrix, batch.requests)
+    computed = time.perf_counter()
+    propensities = bundle.predict(found.matrix).tolist()
+    asked = time.perf_counter()
+    if found.broken:
         metrics.BROKEN_RECORDS.inc(found.broken)
-        failures = _override(bundle.plan, found.matrix, batch.requests)
-    activities = [
-        Activity(count, age_ms / 1000 if count else None)
-        for count, age_ms in zip(found.events.tolist(), found.last_age_ms.tolist(), strict=True)
-    ]
-    with metrics.stage("model"):
-        propensities = bundle.predict(found.matrix)
-    return [
-        failures.get(place)
-        or batch.score(
-            place,
-            activities[place],
-            propensity=float(f"{propensity:.6g}"),
-            percentile=bundle.percentile(propensity),
-            segment=bundle.segment(propensity),
-            model=bundle.name,
-            version=bundle.version,
+    at, name, version, degraded = iso_8601(batch.now_ms), bundle.name, bundle.version, list(batch.degraded)
+    answers: list[Score | ScoreFailure] = [
+        Score(
+            score_id,
+            request.visitor_id,
+            float(f"{propensity:.6g}"),
+            bundle.percentile(propensity),
+            bundle.segment(propensity),
+            name,
+            version,
+            at,
+            count,
+            age_ms / 1000 if count else None,
+            degraded,
         )
-        for place, propensity in enumerate(propensities.tolist())
+        for score_id, request, propensity, count, age_ms in zip(
+            _uuids(len(propensities)),
+            batch.requests,
+            propensities,
+            found.events.tolist(),
+            found.last_age_ms.tolist(),
+            strict=True,
+        )
     ]
+    for place, failure in failures.items():
+        answers[place] = failure
+    _count(answers, name, version, degraded)
+    return Scored(answers, (computed - started) * 1000, (asked - computed) * 1000)
 
 
-def _score_by_rule(name: str | None, batch: _Batch) -> list[Score | ScoreFailure]:
-    scores: list[Score | ScoreFailure] = []
-    for place, history in enumerate(batch.histories):
+def score_by_rule(name: str | None, batch: Batch) -> Scored:
+    """Put the visitors of a batch into segments by what they did lately, since there is no model."""
+    degraded, at = [*batch.degraded, "model"], iso_8601(batch.now_ms)
+    answers = []
+    for score_id, request, history in zip(_uuids(len(batch.requests)), batch.requests, batch.histories, strict=True):
         known = events.from_bytes(events.compact(history.events, MOST_EVENTS))
         age_ms = batch.now_ms - known["ts_ms"]
         age_ms = age_ms[age_ms >= 0]
         last_age_s = float(age_ms.min()) / 1000 if len(age_ms) else None
         recent = [int(np.count_nonzero(age_ms < days * _DAY_MS)) for days in (1, 30)]
-        decided = {"propensity": None, "percentile": None, "model": name, "version": None}
         segment = segments.by_rule(recent[0], recent[1], last_age_s)
-        scores.append(batch.score(place, Activity(len(age_ms), last_age_s), ["model"], segment=segment, **decided))
-    return scores
+        answers.append(
+            Score(score_id, request.visitor_id, None, None, segment, name, None, at, len(age_ms), last_age_s, degraded)
+        )
+    _count(answers, name or "", "", degraded)
+    return Scored(answers)
+
+
+def _count(answers: Sequence[Score | ScoreFailure], name: str, version: str, degraded: Sequence[str]) -> None:
+    given = Counter(answer.segment for answer in answers if isinstance(answer, Score))
+    for segment, times in given.items():
+        metrics.scores(name, version, segment).inc(times)
+    for reason in degraded:
+        metrics.degraded(reason).inc(given.total())
+
+
+def _uuids(count: int) -> Iterator[str]:
+    """Random UUIDs of version 4 (RFC 9562); `uuid.uuid4` takes as long as the model does for a row."""
+    digits = os.urandom(16 * count).hex()
+    for start in range(0, len(digits), 32):
+        one = digits[start : start + 32]
+        yield f"{one[:8]}-{one[8:12]}-4{one[13:16]}-{_VARIANT[one[16]]}{one[17:20]}-{one[20:]}"
+
+
+_VARIANT: Final = {digit: "89ab"[int(digit, 16) % 4] for digit in "0123456789abcdef"}
 
 
 def evaluate(

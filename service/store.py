@@ -6,6 +6,7 @@ Keys, all beginning with the namespace NS:
   visitor's id percent-encoded (UTF-8; all but ASCII letters, digits and `_.-~`), so that no id can end the hash tag
   early or reach another key; the braces put both keys into one slot of a cluster. Both expire together, `retention`
   after the last write to either.
+- `NS:scores` a stream of served scores, for whoever consumes them.
 - `NS:quarantine` a stream of refused events with their reason, which expires likewise.
 
 Appending needs no lock and no reading: records may come in any order and more than once, the kernel drops doubles.
@@ -13,7 +14,9 @@ Appending needs no lock and no reading: records may come in any order and more t
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +34,7 @@ from service.core import events
 from service.core.errors import PropensityError
 from service.core.events import RECORD_BYTES
 from service.errors import StoreError
+from service.reader import Endpoint, Reader, Values
 
 # The design's bound on a visitor's records, and what is let grow on top of it before a visitor is compacted.
 MOST_EVENTS: Final = 2048
@@ -75,6 +79,19 @@ class Store:
         self._namespace = namespace
         self._retention_ms = retention_ms
         self._replace_head = client.register_script(_REPLACE_HEAD)
+        self._reader = Reader(self.endpoint, connect_timeout_s=0.2)
+
+    async def endpoint(self) -> Endpoint:
+        """Where the server is that answers reads."""
+        given = self._client.connection_pool.connection_kwargs
+        return Endpoint(
+            host=given.get("host", "localhost"),
+            port=given.get("port", 6379),
+            path=given.get("path"),
+            username=given.get("username"),
+            password=given.get("password"),
+            database=given.get("db") or 0,
+        )
 
     @classmethod
     def open(
@@ -110,6 +127,7 @@ class Store:
 
     async def close(self) -> None:
         """Close every connection."""
+        self._reader.drop()
         await self._client.aclose()
 
     async def ping(self) -> None:
@@ -129,6 +147,18 @@ class Store:
         with _failures():
             values = await self._client.mget([key for visitor_id in visitor_ids for key in self.keys(visitor_id)])
         return [History(*pair) for pair in zip(map(_bytes, values[::2]), map(_bytes, values[1::2]), strict=True)]
+
+    def ask(self, visitor_ids: Sequence[str]) -> asyncio.Future[Values]:
+        """The events and traits of each visitor in turn, as they are stored, None where there are none.
+
+        The future fails with StoreError, and is cancelled if the connection is dropped.
+        """
+        keys = [key for visitor_id in visitor_ids for key in self.keys(visitor_id)]
+        return self._reader.mget(keys)
+
+    def drop(self) -> None:
+        """Give up the connection of `ask` and what it still owes; the next question opens another."""
+        self._reader.drop()
 
     async def append(self, additions: Mapping[str, History], now_ms: int) -> set[str]:
         """Add records to visitors, in one round trip. Returns the visitors that cannot hold any.
@@ -208,7 +238,17 @@ class Store:
         with _failures():
             deleted = await self._client.delete(*self.keys(visitor_id))
             deleted += await self._erase_quarantined(visitor_id)
+            deleted += await self._erase_scores(visitor_id)
         return bool(deleted)
+
+    async def log_scores(self, entries: Sequence[bytes], length: int) -> None:
+        """Add entries of served scores, JSON lines, to their stream; about the latest `length` entries are kept."""
+        with _failures():
+            pipeline = self._client.pipeline(transaction=False)
+            for entry in entries:
+                pipeline.xadd(self._scores_key, {"scores": entry}, maxlen=length, approximate=True)
+            pipeline.pexpire(self._scores_key, self._retention_ms)
+            await pipeline.execute()
 
     async def quarantine(self, refused: Sequence[Quarantined], length: int) -> None:
         """Keep refused events, about the latest `length` of them."""
@@ -233,6 +273,10 @@ class Store:
         return [_quarantined(fields) for _, fields in entries]
 
     @property
+    def _scores_key(self) -> str:
+        return f"{self._namespace}:scores"
+
+    @property
     def _quarantine_key(self) -> str:
         return f"{self._namespace}:quarantine"
 
@@ -245,6 +289,26 @@ class Store:
             found = [entry for entry, fields in entries if wanted in fields.get(b"visitors", b"").split()]
             if found:
                 deleted += await self._client.xdel(self._quarantine_key, *found)
+            start = f"({entries[-1][0].decode()}"
+
+    async def _erase_scores(self, visitor_id: str) -> int:
+        """Take a visitor's lines out of the stream; the other lines of an entry come again, as a later entry."""
+        told, start, deleted = json.dumps(visitor_id, ensure_ascii=False), "-", 0
+        needle = f'"visitor_id":{told},'.encode("utf-8", "surrogatepass")
+        while True:
+            entries: Any = await self._client.xrange(self._scores_key, min=start, count=_PAGE)
+            if not entries:
+                return deleted
+            for name, fields in entries:
+                lines = fields.get(b"scores", b"").split(b"\n")
+                others = [line for line in lines if needle not in line]
+                if len(others) < len(lines):
+                    deleted += len(lines) - len(others)
+                    pipeline = self._client.pipeline(transaction=False)
+                    if others:
+                        pipeline.xadd(self._scores_key, {"scores": b"\n".join(others)})
+                    pipeline.xdel(self._scores_key, name)
+                    await pipeline.execute()
             start = f"({entries[-1][0].decode()}"
 
     def _keep(self, pipeline: Pipeline, visitor_id: str) -> None:

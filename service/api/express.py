@@ -1,25 +1,94 @@
-"""The express lane of `POST /v1/score`: what is plainly a good request is answered before FastAPI sees it.
+"""The express lane of `POST /v1/score`: what is plainly a good request is read and answered without FastAPI.
 
-A FastAPI route costs more than a score. Whatever is unusual here - a header, a key, a value, an error - goes on to the
-route of `service.api.scores` as it came, which decides and says what is wrong; so there is one definition of both.
+Routing a request costs more than scoring it. `service.http` asks here what a connection has just received; whatever is
+unusual - a header, a key, a value, an error - it gives on as it came to the route of `service.api.scores`, which
+decides and says what is wrong. So there is one definition of both, and the lane holds only what it must.
 """
 
 from __future__ import annotations
 
-import time
-from typing import Annotated, Any, Final
+import json
+from typing import Annotated, Any, Final, NamedTuple
 
+import httptools
 import msgspec
-from pydantic_core import to_json
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import metrics
+from service.api.scores import TIMEOUT_HEADER, encode
+from service.errors import MEDIA_TYPE, Overloaded, body_of
 from service.ingest import LONGEST_ID
-from service.scoring import ScoreFailure, ScoreRequest
+from service.score_log import ScoreLog
+from service.scorer import Scorer
+from service.scoring import Score, ScoreRequest, Timing
 
 PATH: Final = "/v1/score"
-_Values = dict[str, str | bool | int | float | None]
+_START: Final = b"POST /v1/score HTTP/1.1\r\n"
 _TYPES: Final = (b"application/json", b"application/json; charset=utf-8")
+# Heads that are remembered. A client sends the same one with most requests, unless it numbers them.
+_MOST_HEADS: Final = 1024
+_Values = dict[str, str | bool | int | float | None]
+
+
+class Asked(NamedTuple):
+    """A plain request, and how long its client waits for the answer if it says."""
+
+    request: ScoreRequest
+    timeout_ms: int | None
+
+
+class ExpressLane:
+    """Reads plain requests for one score and writes their answers. One per process."""
+
+    def __init__(self, scorer: Scorer, log: ScoreLog, body_bytes: int) -> None:
+        self.scorer, self._log, self._body_bytes = scorer, log, body_bytes
+        self.connections: set[Any] = set()
+        self._heads: dict[bytes, _Head | None] = {}
+        self._seconds = metrics.REQUEST_SECONDS.labels(PATH, "POST", 200)
+        self._refused_seconds = metrics.REQUEST_SECONDS.labels(PATH, "POST", 429)
+
+    def read(self, data: bytes) -> Asked | None:
+        """The request that `data` is, if it is one whole plain request and nothing else."""
+        raw_head, _, body = data.partition(b"\r\n\r\n")
+        try:
+            head = self._heads[raw_head]
+        except KeyError:
+            head = self._learn(raw_head)
+        if head is None or len(body) != head.length or b"\\" in body:
+            return None
+        try:
+            asked = _decoder.decode(body)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return None
+        if body.count(b":") != asked.colons():
+            return None
+        request = ScoreRequest(asked.visitor_id, asked.model or None, asked.context or {}, asked.features or {})
+        return Asked(request, head.timeout_ms)
+
+    def _learn(self, raw: bytes) -> _Head | None:
+        if not raw.startswith(_START):
+            return None
+        if len(self._heads) >= _MOST_HEADS:
+            self._heads.clear()
+        head = self._heads[raw] = _plain_head(raw, self._body_bytes)
+        return head
+
+    def answer(self, score: Score, timing: Timing, seconds: float) -> bytes:
+        """Headers from the content type on, and the body; the score is logged and its time counted."""
+        body = encode(score)
+        self._log.add(body)
+        self._seconds.observe(seconds)
+        return b"content-type: application/json\r\nserver-timing: %b\r\ncontent-length: %d\r\n\r\n%b" % (
+            timing.header().encode(),
+            len(body),
+            body,
+        )
+
+    def refusal(self, error: Overloaded) -> bytes:
+        """The same for a request that is one too many."""
+        self._refused_seconds.observe(0)
+        body = json.dumps(body_of(error, PATH)).encode()
+        headers = "".join(f"{name.lower()}: {value}\r\n" for name, value in error.headers.items())
+        return f"content-type: {MEDIA_TYPE}\r\n{headers}content-length: {len(body)}\r\n\r\n".encode() + body
 
 
 class _Asked(msgspec.Struct, forbid_unknown_fields=True):
@@ -45,58 +114,41 @@ class _Asked(msgspec.Struct, forbid_unknown_fields=True):
 _decoder: Final = msgspec.json.Decoder(_Asked)
 
 
-class ExpressLane:
-    """ASGI middleware; must be the outermost."""
+class _Head(NamedTuple):
+    """What of a plain head matters: the bytes of the body, and how long the client waits."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-        self._seconds = metrics.REQUEST_SECONDS.labels(PATH, "POST", 200)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] != PATH or scope["method"] != "POST":
-            await self.app(scope, receive, send)
-            return
-        started = time.perf_counter()
-        first = await receive()
-        request = _request(scope, first)
-        result = None if request is None else await scope["state"]["scorer"].score_one(request)
-        if result is None or isinstance(result, ScoreFailure):
-            await self.app(scope, _again(first, receive), send)
-            return
-        content = to_json(result)
-        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(content))]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": content})
-        self._seconds.observe(time.perf_counter() - started)
+    length: int
+    timeout_ms: int | None
 
 
-def _request(scope: Scope, message: Message) -> ScoreRequest | None:
-    """The request, if nothing about it is unusual: the body is in one piece and each key comes once."""
-    if message["type"] != "http.request" or message.get("more_body"):
-        return None
-    body: bytes = message.get("body", b"")
-    if len(body) > scope["state"]["settings"].body_bytes or b"\\" in body or not _is_plain_json(scope["headers"]):
-        return None
+class _HeadParser:
+    """Collects what httptools finds in a head."""
+
+    def __init__(self) -> None:
+        self.headers: list[tuple[bytes, bytes]] = []
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers.append((name.lower(), value))
+
+
+def _plain_head(raw: bytes, most_bytes: int) -> _Head | None:
+    """The head, if nothing about it is unusual."""
+    found = _HeadParser()
+    parser = httptools.HttpRequestParser(found)
     try:
-        asked = _decoder.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+        parser.feed_data(raw + b"\r\n\r\n")
+    except (httptools.HttpParserError, httptools.HttpParserUpgrade):
         return None
-    if body.count(b":") != asked.colons():
-        return None
-    return ScoreRequest(asked.visitor_id, asked.model or None, asked.context or {}, asked.features or {})
-
-
-def _is_plain_json(headers: list[tuple[bytes, bytes]]) -> bool:
-    declared = [value for name, value in headers if name == b"content-type"]
-    is_encoded = any(name == b"content-encoding" for name, _ in headers)
-    return len(declared) == 1 and declared[0].lower() in _TYPES and not is_encoded
-
-
-def _again(first: Message, receive: Receive) -> Receive:
-    """A receive that gives the message that was already taken, then the rest."""
-    pending: list[Any] = [first]
-
-    async def replay() -> Message:
-        return pending.pop() if pending else await receive()
-
-    return replay
+    headers = dict(found.headers)
+    length, timeout = headers.get(b"content-length", b""), headers.get(TIMEOUT_HEADER.lower().encode())
+    is_plain = (
+        len(headers) == len(found.headers)
+        and headers.get(b"content-type", b"").lower() in _TYPES
+        and not headers.keys() & {b"content-encoding", b"transfer-encoding", b"expect", b"upgrade"}
+        and parser.should_keep_alive()
+        and length.isdigit()
+        and len(length) < 10
+        and int(length) <= most_bytes
+        and (timeout is None or (timeout.isdigit() and len(timeout) < 10 and int(timeout) > 0))
+    )
+    return _Head(int(length), None if timeout is None else int(timeout)) if is_plain else None

@@ -6,6 +6,7 @@ whose features are looked up as for `/v1/score`. The output is `propensity` FP32
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated, Any, Final
 
 import numpy as np
@@ -21,7 +22,8 @@ from service.api.tensors import InferIn
 from service.core.bundle import Bundle
 from service.errors import InvalidInference, ModelNotReady, TooLarge
 from service.ingest import LONGEST_ID
-from service.scoring import Score, Scorer, ScoreRequest
+from service.scorer import Scorer
+from service.scoring import Score, ScoreRequest
 
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
 
@@ -218,10 +220,10 @@ async def _infer(bundle: Bundle, scorer: Scorer, most: int, asked: InferIn, bina
 
 
 def _ask(bundle: Bundle, matrix: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    with metrics.stage("model"):
+    with metrics.stage("model").time():
         propensities = bundle.predict(matrix)
-    for propensity in propensities.tolist():
-        metrics.SCORES.labels(bundle.name, bundle.version, bundle.segment(propensity)).inc()
+    for segment, times in Counter(map(bundle.segment, propensities.tolist())).items():
+        metrics.scores(bundle.name, bundle.version, segment).inc(times)
     return propensities
 
 

@@ -5,18 +5,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Final, Literal
 
-from fastapi import APIRouter
+import msgspec
+from fastapi import APIRouter, Header
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
-from pydantic_core import to_json
 from starlette.responses import Response
 
 from service.api.body import JSONRoute
-from service.api.state import CurrentScorer, CurrentSettings
+from service.api.state import CurrentScoreLog, CurrentScorer, CurrentSettings
 from service.errors import InvalidRequest, Place, Problem, TooLarge, answers, body_of, places
 from service.ingest import LONGEST_ID
+from service.score_log import ScoreLog
+from service.scorer import Outcome
 from service.scoring import Score, ScoreFailure, ScoreRequest
 
 router = APIRouter(prefix="/v1/score", tags=["scores"], route_class=JSONRoute)
+
+TIMEOUT_HEADER: Final = "X-Request-Timeout-Ms"
+TimeoutMs = Annotated[
+    int | None,
+    Header(
+        alias=TIMEOUT_HEADER,
+        ge=1,
+        description="Milliseconds the client waits: what is missing by then is named in `degraded`. Left out it is "
+        "PROPENSITY_DEADLINE_MS; the most it can be is PROPENSITY_MAX_DEADLINE_MS.",
+    ),
+]
 
 VisitorId = Annotated[
     str, Field(min_length=1, max_length=LONGEST_ID, description="The visitor: its userId, or else its anonymousId.")
@@ -110,27 +123,40 @@ _EXAMPLE: Final = {
     response_model=Score,
     responses={
         200: {"description": "The score.", "content": {"application/json": {"example": _EXAMPLE}}},
-        **answers(404, 413, 415, 422),
+        **answers(404, 413, 415, 422, 429),
     },
     summary="Score one visitor",
 )
-async def score(request: ScoreIn, scorer: CurrentScorer) -> Response:
+async def score(
+    request: ScoreIn, scorer: CurrentScorer, log: CurrentScoreLog, timeout_ms: TimeoutMs = None
+) -> Response:
     """Score one visitor, known or not. What is missing is named in `degraded`; it is no error."""
-    result = await scorer.score_one(request.asked())
-    if isinstance(result, ScoreFailure):
-        raise result.error
-    return _respond(result)
+    outcome, timing = await scorer.score_one(request.asked(), timeout_ms)
+    if isinstance(outcome, ScoreFailure):
+        raise outcome.error
+    if isinstance(outcome, Exception):
+        raise outcome
+    body = encode(outcome)
+    log.add(body)
+    return Response(body, headers={"Server-Timing": timing.header()}, media_type="application/json")
 
 
-@router.post("/batch", response_model=BatchOut, responses=answers(413, 415, 422), summary="Score many visitors")
-async def score_batch(batch: BatchIn, scorer: CurrentScorer, settings: CurrentSettings) -> Response:
+@router.post("/batch", response_model=BatchOut, responses=answers(413, 415, 422, 429), summary="Score many visitors")
+async def score_batch(
+    batch: BatchIn,
+    scorer: CurrentScorer,
+    settings: CurrentSettings,
+    log: CurrentScoreLog,
+    timeout_ms: TimeoutMs = None,
+) -> Response:
     """Score many visitors. The answers are in order; where a visitor's request is wrong, its place says so."""
     if len(batch.visitors) > settings.batch_visitors:
         raise TooLarge(f"{len(batch.visitors)} visitors are more than {settings.batch_visitors}; send several batches")
     asked = [_asked(place, item) for place, item in enumerate(batch.visitors)]
-    scored = iter(await scorer.score([item for item in asked if isinstance(item, ScoreRequest)]))
-    results = [next(scored) if isinstance(item, ScoreRequest) else item for item in asked]
-    return _respond({"results": [_wire(result) for result in results]})
+    scored = iter(await scorer.score([item for item in asked if isinstance(item, ScoreRequest)], timeout_ms))
+    outcomes = [next(scored) if isinstance(item, ScoreRequest) else item for item in asked]
+    bodies = [_wire(outcome, log) for outcome in outcomes]
+    return Response(b'{"results":[%b]}' % b",".join(bodies), media_type="application/json")
 
 
 def _asked(place: int, item: object) -> ScoreRequest | ScoreFailure:
@@ -144,11 +170,16 @@ def _asked(place: int, item: object) -> ScoreRequest | ScoreFailure:
         return ScoreFailure(visitor_id if isinstance(visitor_id, str) else None, InvalidRequest(wrong))
 
 
-def _wire(result: Score | ScoreFailure) -> object:
-    if isinstance(result, Score):
-        return result
-    return {"visitor_id": result.visitor_id, "error": body_of(result.error, "/v1/score/batch")}
+def encode(content: object) -> bytes:
+    """JSON, with null for what is no number."""
+    return msgspec.json.encode(content)
 
 
-def _respond(content: object) -> Response:
-    return Response(to_json(content, inf_nan_mode="null"), media_type="application/json")
+def _wire(outcome: Outcome, log: ScoreLog) -> bytes:
+    if isinstance(outcome, Score):
+        body = encode(outcome)
+        log.add(body)
+        return body
+    if isinstance(outcome, ScoreFailure):
+        return encode({"visitor_id": outcome.visitor_id, "error": body_of(outcome.error, "/v1/score/batch")})
+    raise outcome

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, TypedDict, cast
+from typing import TYPE_CHECKING, Annotated, TypedDict, cast
 
 from fastapi import Depends, Request
 
 from service.models import Models
-from service.scoring import Scorer
+from service.score_log import ScoreLog
+from service.scorer import Scorer
 from service.settings import Settings
 from service.store import Store
+
+if TYPE_CHECKING:  # it is made of routes, which ask for the state
+    from service.api.express import ExpressLane
 
 
 class State(TypedDict):
@@ -19,6 +23,8 @@ class State(TypedDict):
     models: Models
     store: Store
     scorer: Scorer
+    score_log: ScoreLog
+    lane: ExpressLane
 
 
 def state_of(request: Request) -> State:
@@ -43,7 +49,12 @@ async def _scorer(request: Request) -> Scorer:
     return state_of(request)["scorer"]
 
 
+async def _score_log(request: Request) -> ScoreLog:
+    return state_of(request)["score_log"]
+
+
 CurrentSettings = Annotated[Settings, Depends(_settings)]
 CurrentModels = Annotated[Models, Depends(_models)]
 CurrentStore = Annotated[Store, Depends(_store)]
 CurrentScorer = Annotated[Scorer, Depends(_scorer)]
+CurrentScoreLog = Annotated[ScoreLog, Depends(_score_log)]

@@ -3,26 +3,48 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, cast
 
+import httpx2
 import pytest
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from service.api import express
+from service.api.express import ExpressLane
+from service.score_log import ScoreLog
+from service.scorer import Scorer
+from tests.conftest import ServiceProcess
 
 JSON = {"Content-Type": "application/json"}
 
 
-def taken(body: bytes, content_type: bytes = b"application/json", limit: int = 10_000) -> Any:
+class Unused:
+    """Stands where the lane only reads."""
+
+
+def head(length: int, *more: str, content_type: str = "application/json") -> bytes:
+    lines = [
+        f"POST {express.PATH} HTTP/1.1",
+        "Host: shop",
+        f"Content-Type: {content_type}",
+        f"Content-Length: {length}",
+    ]
+    return "\r\n".join([*lines, *more, "", ""]).encode()
+
+
+def read(data: bytes, limit: int = 10_000) -> express.Asked | None:
+    lane = ExpressLane(cast(Scorer, Unused()), cast(ScoreLog, Unused()), limit)
+    first = lane.read(data)
+    assert lane.read(data) == first  # its head is known by now
+    return first
+
+
+def taken(body: bytes, content_type: str = "application/json") -> Any:
     """What the lane reads from a body, None where it leaves it to the route."""
-
-    class Settings:
-        body_bytes = limit
-
-    scope = {"headers": [(b"content-type", content_type)], "state": {"settings": Settings}}
-    return express._request(scope, {"type": "http.request", "body": body, "more_body": False})
+    asked = read(head(len(body), content_type=content_type) + body)
+    return None if asked is None else asked.request
 
 
 def test_a_plain_request_is_taken() -> None:
@@ -59,8 +81,70 @@ def test_what_is_unusual_is_left_to_the_route(body: bytes) -> None:
 
 
 def test_other_content_types_are_left_to_the_route() -> None:
-    assert taken(b'{"visitor_id": "a"}', b"text/plain") is None
-    assert taken(b'{"visitor_id": "a"}', b"") is None
+    assert taken(b'{"visitor_id": "a"}', "text/plain") is None
+    assert taken(b'{"visitor_id": "a"}', "") is None
+
+
+BODY = b'{"visitor_id": "a"}'
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Content-Encoding: gzip",
+        "Transfer-Encoding: chunked",
+        "Expect: 100-continue",
+        "Connection: close",
+        "Upgrade: websocket",
+        "Content-Length: 19",
+        "Content-Type: application/json",
+        "X-Request-Timeout-Ms: 0",
+        "X-Request-Timeout-Ms: -1",
+        "X-Request-Timeout-Ms: 1.5",
+        "X-Request-Timeout-Ms: 99999999999",
+        "no colon",
+    ],
+)
+def test_unusual_headers_are_left_to_the_route(line: str) -> None:
+    assert read(head(len(BODY)) + BODY) is not None
+    assert read(head(len(BODY), line) + BODY) is None
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        head(len(BODY)) + BODY[:-1],
+        head(len(BODY)) + BODY + b"P",
+        (head(len(BODY)) + BODY) * 2,
+        head(len(BODY)).replace(b"POST", b"PUT") + BODY,
+        head(len(BODY)).replace(b"/v1/score", b"/v1/scores") + BODY,
+        head(len(BODY)).replace(b"/v1/score", b"/v1/score?a=b") + BODY,
+        head(len(BODY)).replace(b"HTTP/1.1", b"HTTP/1.0") + BODY,
+        head(len(BODY))[:-2],
+        b"\r\n\r\n" + BODY,
+        b"\x16\x03\x01",
+    ],
+)
+def test_anything_but_one_whole_request_is_left_to_the_server(data: bytes) -> None:
+    assert read(data) is None
+
+
+def test_other_headers_and_a_timeout_are_read() -> None:
+    asked = read(head(len(BODY), "Cookie: a=b", "X-Request-Timeout-Ms: 250", "traceparent: 00-1-2-01") + BODY)
+    assert asked is not None
+    assert asked.timeout_ms == 250
+
+
+def test_a_body_beyond_the_limit_is_left_to_the_route() -> None:
+    assert read(head(len(BODY)) + BODY, limit=len(BODY)) is not None
+    assert read(head(len(BODY)) + BODY, limit=len(BODY) - 1) is None
+
+
+def test_heads_that_differ_in_each_request_take_no_more_room_than_a_bound() -> None:
+    lane = ExpressLane(cast(Scorer, Unused()), cast(ScoreLog, Unused()), 10_000)
+    for number in range(5000):
+        assert lane.read(head(len(BODY), f"X-Request-Id: {number}") + BODY) is not None
+    assert len(lane._heads) <= 1024
 
 
 _values = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False) | st.text()
@@ -100,9 +184,13 @@ def test_a_wrong_request_gets_the_problem_of_the_route(client: TestClient, body:
     assert response.headers["content-type"] == "application/problem+json"
 
 
-def test_the_lane_and_the_route_give_the_same_answer(client: TestClient) -> None:
-    plain = client.post(express.PATH, json={"visitor_id": "a:b"}).json()
-    unusual = client.post(express.PATH, content=b'{"visitor_id": "a\\u003ab"}', headers=JSON).json()
-    for answer in (plain, unusual):
+def test_the_lane_and_the_route_give_the_same_answer(service: ServiceProcess) -> None:
+    plain = httpx2.post(service.url + express.PATH, json={"visitor_id": "a:b"})
+    unusual = httpx2.post(service.url + express.PATH, content=b'{"visitor_id": "a\\u003ab"}', headers=JSON)
+    answers = [plain.json(), unusual.json()]
+    for answer in answers:
         del answer["score_id"], answer["scored_at"]
-    assert plain == unusual
+    assert answers[0] == answers[1]
+    for response in (plain, unusual):
+        del response.headers["date"], response.headers["server-timing"]
+    assert dict(plain.headers) == dict(unusual.headers)

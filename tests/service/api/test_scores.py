@@ -10,7 +10,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from service.app import create_app
-from tests.conftest import SHOP, MakeSettings, RedisServer, WriteBundle
+from tests.conftest import SHOP, MakeSettings, RedisServer, WriteBundle, wait_until
 
 FIELDS = {
     *("score_id", "visitor_id", "propensity", "percentile", "segment", "model", "version"),
@@ -193,7 +193,7 @@ def test_without_the_feature_cache_everything_is_answered_and_says_so(
             assert str(own_redis_server.port) not in response.text
         assert [client.get(path).status_code for path in ("/livez", "/readyz", "/metrics")] == [200] * 3
         own_redis_server.start()
-        assert ask(client, "a")["degraded"] == []
+        wait_until(lambda: ask(client, "a")["degraded"] == [], timeout_s=2)
 
 
 def test_the_embedded_server_keeps_what_was_sent_over_a_restart(tmp_path: Path, make_settings: MakeSettings) -> None:

@@ -1,0 +1,138 @@
+"""HTTP connections: uvicorn's, with an express lane for plain scores and an end to clients that never finish.
+
+Why not an ASGI application: see docs/adr/0008-express-lane.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection
+from time import perf_counter
+from typing import Any, Final
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+
+from service.api.express import ExpressLane
+from service.errors import Overloaded
+from service.scorer import Outcome, Waiting
+from service.scoring import Score, Timing
+
+MOST_HEAD_BYTES: Final = 64 * 1024
+# Longer than the 60 s of common load balancers, which else send a request into a connection that is being closed.
+KEEP_ALIVE_S: Final = 75
+
+
+class Protocol(HttpToolsProtocol):
+    """One connection.
+
+    While it is between two requests, what it receives is shown to the express lane first. There is one request at a
+    time: what arrives before the answer to the last one was sent waits.
+    """
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._lane: ExpressLane = self.app_state["lane"]
+        self._asked: Waiting | None = None
+        self._data = b""  # what the request in the lane came as
+        self._early = b""
+        self._head_bytes = 0  # of a head that has not ended
+        self._is_last = False
+        self.waiting_since: float | None = None  # by perf_counter: when the client began to owe us bytes
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.waiting_since = perf_counter()
+        self._lane.connections.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lane.connections.discard(self)
+        if self._asked is not None:
+            self._asked.is_gone = True
+        super().connection_lost(exc)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it is between two requests."""
+        cycle = self._current
+        return not self._head_bytes and (cycle is None or (cycle.response_complete and not cycle.more_body))
+
+    @property
+    def _current(self) -> RequestResponseCycle | None:
+        """The last request that took the usual way, None before the first."""
+        return self.cycle
+
+    def data_received(self, data: bytes) -> None:
+        if self._asked is not None:
+            self._early += data
+            self.flow.pause_reading()
+        elif self.is_idle and not self.flow.write_paused and (asked := self._lane.read(data)) is not None:
+            self._unset_keepalive_if_required()
+            self._data = data
+            try:
+                self._asked = self._lane.scorer.submit(asked.request, self._answer, asked.timeout_ms)
+                self.waiting_since = None
+            except Overloaded as error:
+                self._write(429, self._lane.refusal(error))
+        else:
+            self._take(data)
+
+    def _take(self, data: bytes) -> None:
+        """Let uvicorn have the bytes."""
+        self.waiting_since = self.waiting_since or perf_counter()
+        super().data_received(data)
+        if self._head_bytes:
+            self._head_bytes += len(data)
+            if self._head_bytes > MOST_HEAD_BYTES:
+                self._write(431, b"content-length: 0\r\nconnection: close\r\n\r\n")
+                self.transport.close()
+        elif (cycle := self._current) is not None and not cycle.more_body:
+            self.waiting_since = None
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._head_bytes = 1
+
+    def on_headers_complete(self) -> None:
+        self._head_bytes = 0
+        super().on_headers_complete()
+
+    def on_response_complete(self) -> None:
+        self.waiting_since = perf_counter()
+        super().on_response_complete()
+
+    def _answer(self, outcome: Outcome, timing: Timing) -> None:
+        asked, self._asked = self._asked, None
+        assert asked is not None
+        if isinstance(outcome, Score):
+            self._write(200, self._lane.answer(outcome, timing, perf_counter() - asked.arrived))
+            self.server_state.total_requests += 1
+            if self._is_last:
+                self.transport.close()
+        else:  # the route knows what to say
+            self._take(self._data)
+        if self._early:
+            data, self._early = self._early, b""
+            self.flow.resume_reading()
+            self.data_received(data)
+
+    def _write(self, status: int, rest: bytes) -> None:
+        self.waiting_since = perf_counter()
+        usual = b"".join([b"%b: %b\r\n" % header for header in self.server_state.default_headers])
+        self.transport.write(b"".join([STATUS_LINE[status], usual, rest]))
+
+    def shutdown(self) -> None:
+        """Close once the answer that is owed has been sent."""
+        self._is_last = True
+        if self._asked is None:
+            super().shutdown()
+
+
+async def close_stalled(connections: Collection[Protocol], request_timeout_s: float) -> None:
+    """Once a second, for ever, close connections whose clients take too long to send a request, or the next one."""
+    while True:
+        await asyncio.sleep(1)
+        now = perf_counter()
+        for connection in list(connections):
+            allowed_s = KEEP_ALIVE_S if connection.is_idle else request_timeout_s
+            if connection.waiting_since is not None and now - connection.waiting_since > allowed_s:
+                connection.transport.close()

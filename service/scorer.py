@@ -1,0 +1,306 @@
+"""The way of a request to its score: the queue, the read of the feature cache, the deadlines.
+
+No time is lost with waiting for company, and none with waiting for a feature cache that does not answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from time import perf_counter
+from typing import Final
+
+from service import metrics, scoring
+from service.breaker import Breaker, State
+from service.errors import Overloaded, ServiceError
+from service.models import Models
+from service.reader import Values
+from service.scoring import Batch, Score, Scored, ScoreFailure, ScoreRequest, Timing, unix_ms
+from service.store import History, Store
+
+logger = logging.getLogger(__name__)
+
+# Visitors that are read and scored in one go. Between two goes other requests have their turn.
+GROUP: Final = 100
+# How long a group waits for the one before it to be read.
+PATIENCE_S: Final = 0.002
+# The loop's timers count milliseconds and may be that early.
+_TICK_S: Final = 0.001
+
+Outcome = Score | ScoreFailure | Exception
+Deliver = Callable[[Outcome, Timing], None]
+
+
+class Waiting:
+    """A request on its way: where its answer goes, when it came and when it must be answered, by perf_counter."""
+
+    __slots__ = ("arrived", "deadline", "deliver", "is_gone", "is_queued", "request")
+
+    def __init__(
+        self, request: ScoreRequest, deliver: Deliver, arrived: float, deadline: float, is_queued: bool
+    ) -> None:
+        self.request, self.deliver, self.arrived, self.deadline = request, deliver, arrived, deadline
+        self.is_queued = is_queued  # counts towards the length of the queue
+        self.is_gone = False  # its client went away
+
+
+class _Flight:
+    """A group whose histories are being read; `judged` is when the read counts as failed."""
+
+    __slots__ = ("group", "judged", "now_ms", "read", "started", "timer")
+
+    def __init__(self, group: list[Waiting], read: asyncio.Future[Values], now_ms: int, started: float) -> None:
+        self.group, self.read, self.now_ms, self.started = group, read, now_ms, started
+        self.judged = started
+        self.timer: asyncio.TimerHandle | None = None
+
+
+class Scorer:
+    """Scores visitors. One per process.
+
+    What arrives in one turn of the loop is taken up together, with one read, one call of the kernel and one of the
+    model; what arrives while a group is being read goes next, together. A read that hangs holds up nobody: the next
+    group leaves after PATIENCE_S, each request is answered at its deadline, and the breaker ends the asking.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        models: Models,
+        *,
+        deadline_ms: float,
+        max_deadline_ms: float = 1000,
+        queue_length: int = 256,
+        breaker_failures: int = 5,
+        breaker_pause_ms: float = 1000,
+        now_ms: Callable[[], int] = unix_ms,
+    ) -> None:
+        self._store, self._models, self._now_ms = store, models, now_ms
+        self._deadline_s, self._max_deadline_s = deadline_ms / 1000, max_deadline_ms / 1000
+        self._queue_length, self._pause_s = queue_length, breaker_pause_ms / 1000
+        self._queue: deque[Waiting] = deque()
+        self._waiting = 0
+        self._flights = 0
+        self._turn: asyncio.Handle | None = None
+        self._trial: asyncio.Task[None] | None = None
+        self._loop = asyncio.get_running_loop()
+        self._breaker = Breaker(breaker_failures, metrics.set_breaker_state)
+        metrics.QUEUE_LENGTH.set_function(lambda: self._waiting)
+
+    @property
+    def waiting(self) -> int:
+        """How many single requests wait, in the queue or for the feature cache."""
+        return self._waiting
+
+    @property
+    def breaker_state(self) -> State:
+        """The state of the breaker between scores and the feature cache."""
+        return self._breaker.state
+
+    def close(self) -> None:
+        """Stop trying whether the feature cache is back."""
+        if self._trial is not None:
+            self._trial.cancel()
+
+    def submit(self, request: ScoreRequest, deliver: Deliver, timeout_ms: float | None = None) -> Waiting:
+        """Call `deliver` with the score of a request, soon and once. Raises Overloaded if too many wait."""
+        if self._waiting >= self._queue_length:
+            metrics.shed("queue").inc()
+            raise Overloaded("too many scores wait; try again in a second")
+        now = perf_counter()
+        waiting = Waiting(request, deliver, now, now + self._allowed_s(timeout_ms), True)
+        self._waiting += 1
+        self._queue.append(waiting)
+        if self._turn is None:
+            if self._flights == 0:
+                self._turn = self._loop.call_soon(self._take_up)
+            else:
+                self._turn = self._loop.call_later(PATIENCE_S, self._take_up)
+        return waiting
+
+    async def score_one(self, request: ScoreRequest, timeout_ms: float | None = None) -> tuple[Outcome, Timing]:
+        """The score of one request, together with those that wait beside it."""
+        answer: asyncio.Future[tuple[Outcome, Timing]] = self._loop.create_future()
+        waiting = self.submit(request, _into(answer), timeout_ms)
+        try:
+            return await answer
+        finally:
+            waiting.is_gone = True
+
+    async def score(self, requests: Sequence[ScoreRequest], timeout_ms: float | None = None) -> list[Outcome]:
+        """The score of each request, in order; they go in groups of their own, one after the other."""
+        outcomes: list[Outcome] = []
+        deadline = perf_counter() + self._allowed_s(timeout_ms)
+        for first in range(0, len(requests), GROUP):
+            outcomes += await self._score_group(requests[first : first + GROUP], deadline)
+        return outcomes
+
+    async def _score_group(self, requests: Sequence[ScoreRequest], deadline: float) -> list[Outcome]:
+        """The scores of up to GROUP requests, which do not stand in the queue."""
+        now = perf_counter()
+        answers: list[asyncio.Future[tuple[Outcome, Timing]]] = [self._loop.create_future() for _ in requests]
+        self._send(
+            [
+                Waiting(request, _into(answer), now, deadline, False)
+                for request, answer in zip(requests, answers, strict=True)
+            ]
+        )
+        return [(await answer)[0] for answer in answers]
+
+    def _allowed_s(self, timeout_ms: float | None) -> float:
+        return self._deadline_s if timeout_ms is None else min(timeout_ms / 1000, self._max_deadline_s)
+
+    def _take_up(self) -> None:
+        self._turn = None
+        while self._queue:
+            self._send([self._queue.popleft() for _ in range(min(len(self._queue), GROUP))])
+
+    def _send(self, group: list[Waiting]) -> None:
+        """Ask for the histories of a group."""
+        staying = [one for one in group if not one.is_gone]
+        self._waiting -= sum(one.is_queued for one in group if one.is_gone)
+        if not staying:
+            return
+        metrics.BATCH_VISITORS.observe(len(staying))
+        now, now_ms = perf_counter(), self._now_ms()
+        if not self._breaker.is_closed:
+            metrics.store_reads("skipped").inc()
+            self._finish(staying, None, now_ms, now, 0.0)
+            return
+        try:
+            read = self._store.ask([one.request.visitor_id for one in staying])
+        except Exception as error:  # a bug: who asked hears of it
+            for one in staying:
+                self._deliver(one, error, Timing())
+            return
+        flight = _Flight(staying, read, now_ms, now)
+        flight.judged = max(now + self._deadline_s, max(one.deadline for one in staying))
+        self._flights += 1
+        self._set_timer(flight)
+        read.add_done_callback(lambda _: self._land(flight))
+
+    def _set_timer(self, flight: _Flight) -> None:
+        until = min([one.deadline for one in flight.group], default=flight.judged)
+        # The loop itself may have been held up: then an answer lies there, and has one turn to be seen.
+        flight.timer = self._loop.call_later(until - perf_counter(), self._loop.call_soon, self._give_up, flight)
+
+    def _give_up(self, flight: _Flight) -> None:
+        """Answer those whose time is up, without their histories; end the read when it may count as failed."""
+        if flight.read.done():
+            return
+        now = perf_counter() + _TICK_S
+        late = [one for one in flight.group if one.deadline <= now]
+        flight.group = [one for one in flight.group if one.deadline > now]
+        if late:
+            self._finish(late, None, flight.now_ms, flight.started, now - flight.started)
+        if now < flight.judged:
+            self._set_timer(flight)
+            return
+        metrics.store_reads("late").inc()
+        flight.read.cancel()
+        self._store.drop()
+        self._note_failure("too slow")
+
+    def _land(self, flight: _Flight) -> None:
+        """Score a group with what was read for it; a read that was cancelled has been judged already."""
+        self._flights -= 1
+        if flight.timer is not None:
+            flight.timer.cancel()
+        if self._turn is not None:
+            self._turn.cancel()
+            self._take_up()
+        values = None
+        if not flight.read.cancelled():
+            error = flight.read.exception()
+            metrics.store_reads("ok" if error is None else "failed").inc()
+            if error is None:
+                self._breaker.succeeded()
+                values = flight.read.result()
+            else:
+                self._note_failure(str(error))
+        if flight.group:
+            self._finish(flight.group, values, flight.now_ms, flight.started, perf_counter() - flight.started)
+
+    def _note_failure(self, why: str) -> None:
+        self._breaker.failed()
+        if self._breaker.state is State.OPEN and self._trial is None:
+            logger.warning("the feature cache does not answer (%s); visitors are scored without it", why)
+            self._trial = self._loop.create_task(self._try_until_it_answers())
+
+    async def _try_until_it_answers(self) -> None:
+        """While the breaker is open, ask once in a pause for a visitor that nobody is."""
+        while not self._breaker.is_closed:
+            await asyncio.sleep(self._pause_s)
+            self._breaker.try_again()
+            trial = self._store.ask([""])
+            await asyncio.wait([trial], timeout=self._deadline_s)
+            if trial.done() and not trial.cancelled() and trial.exception() is None:
+                self._breaker.succeeded()
+            else:
+                trial.cancel()
+                self._store.drop()
+                self._breaker.failed()
+        self._trial = None
+        logger.warning("the feature cache answers again")
+
+    def _finish(
+        self, group: Sequence[Waiting], values: Values | None, now_ms: int, started: float, store_s: float
+    ) -> None:
+        """Score a group and deliver; a bug is delivered to each of it, and those to come are scored."""
+        metrics.stage("store").observe(store_s)
+        for name, members, histories in _by_model(group, values):
+            try:
+                degraded = ("store",) if values is None else ()
+                batch = Batch([one.request for one in members], histories, now_ms, degraded)
+                scored = self._score(name, batch)
+            except Exception as error:
+                for one in members:
+                    self._deliver(one, error, Timing())
+                continue
+            metrics.stage("features").observe(scored.features_ms / 1000)
+            metrics.stage("model").observe(scored.model_ms / 1000)
+            for one, answer in zip(members, scored.answers, strict=True):
+                queue_ms = (started - one.arrived) * 1000
+                self._deliver(one, answer, Timing(queue_ms, store_s * 1000, scored.features_ms, scored.model_ms))
+
+    def _score(self, name: str | None, batch: Batch) -> Scored:
+        try:
+            bundle = self._models.choose(name)
+        except ServiceError as error:
+            return Scored([ScoreFailure(request.visitor_id, error) for request in batch.requests])
+        return scoring.score_by_rule(name, batch) if bundle is None else scoring.score_by_model(bundle, batch)
+
+    def _deliver(self, one: Waiting, outcome: Outcome, timing: Timing) -> None:
+        self._waiting -= one.is_queued
+        if not one.is_gone:
+            one.deliver(outcome, timing)
+
+
+def _into(answer: asyncio.Future[tuple[Outcome, Timing]]) -> Deliver:
+    """A delivery into a future, which nobody may be waiting for any more."""
+
+    def deliver(outcome: Outcome, timing: Timing) -> None:
+        if not answer.done():
+            answer.set_result((outcome, timing))
+
+    return deliver
+
+
+def _by_model(
+    group: Sequence[Waiting], values: Values | None
+) -> Iterator[tuple[str | None, Sequence[Waiting], list[History]]]:
+    """The members of a group by the model that they ask for, with the histories that were read."""
+    histories = (
+        [History()] * len(group)
+        if values is None
+        else [History(known or b"", traits or b"") for known, traits in zip(values[::2], values[1::2], strict=True)]
+    )
+    names = {one.request.model for one in group}
+    for name in names:
+        if len(names) == 1:
+            yield name, group, histories
+        else:
+            places = [place for place, one in enumerate(group) if one.request.model == name]
+            yield name, [group[place] for place in places], [histories[place] for place in places]
