@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from service.api.express import ExpressLane
+from service.api.express import Asked, ExpressLane
 from service.errors import Overloaded
 from service.scorer import Outcome, Waiting
 from service.scoring import Score, Timing
@@ -33,7 +33,7 @@ class Protocol(HttpToolsProtocol):
         super().__init__(*arguments, **named)
         self._lane: ExpressLane = self.app_state["lane"]
         self._asked: Waiting | None = None
-        self._data = b""  # what the request in the lane came as
+        self._data = b""  # what the request in the lane has come as
         self._early = b""
         self._head_bytes = 0  # of a head that has not ended
         self._is_last = False
@@ -53,6 +53,10 @@ class Protocol(HttpToolsProtocol):
     @property
     def is_idle(self) -> bool:
         """Whether it is between two requests."""
+        return self._is_at_boundary and not self._data
+
+    @property
+    def _is_at_boundary(self) -> bool:
         cycle = self._current
         return not self._head_bytes and (cycle is None or (cycle.response_complete and not cycle.more_body))
 
@@ -65,16 +69,30 @@ class Protocol(HttpToolsProtocol):
         if self._asked is not None:
             self._early += data
             self.flow.pause_reading()
-        elif self.is_idle and not self.flow.write_paused and (asked := self._lane.read(data)) is not None:
-            self._unset_keepalive_if_required()
-            self._data = data
-            try:
-                self._asked = self._lane.scorer.submit(asked.request, self._answer, asked.timeout_ms)
-                self.waiting_since = None
-            except Overloaded as error:
-                self._write(429, self._lane.refusal(error))
+        elif self._is_at_boundary and not self.flow.write_paused:
+            self._data += data
+            asked = self._lane.read(self._data)
+            if asked is False:
+                self._take_usual_way()
+            elif asked is True:
+                self.waiting_since = self.waiting_since if len(self._data) > len(data) else perf_counter()
+            else:
+                self._ask(asked)
         else:
             self._take(data)
+
+    def _ask(self, asked: Asked) -> None:
+        self._unset_keepalive_if_required()
+        try:
+            self._asked = self._lane.scorer.submit(asked.request, self._answer, asked.timeout_ms)
+            self.waiting_since = None
+        except Overloaded as error:
+            self._data = b""
+            self._write(429, self._lane.refusal(error))
+
+    def _take_usual_way(self) -> None:
+        data, self._data = self._data, b""
+        self._take(data)
 
     def _take(self, data: bytes) -> None:
         """Let uvicorn have the bytes."""
@@ -104,12 +122,13 @@ class Protocol(HttpToolsProtocol):
         asked, self._asked = self._asked, None
         assert asked is not None
         if isinstance(outcome, Score):
+            self._data = b""
             self._write(200, self._lane.answer(outcome, timing, perf_counter() - asked.arrived))
             self.server_state.total_requests += 1
             if self._is_last:
                 self.transport.close()
         else:  # the route knows what to say
-            self._take(self._data)
+            self._take_usual_way()
         if self._early:
             data, self._early = self._early, b""
             self.flow.resume_reading()

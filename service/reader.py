@@ -53,18 +53,35 @@ class Reader:
     def __init__(self, endpoint: Callable[[], Awaitable[Endpoint]], connect_timeout_s: float) -> None:
         self._endpoint, self._connect_timeout_s = endpoint, connect_timeout_s
         self._connection: _Connection | None = None
+        self._suspects: list[_Connection] = []
 
     def mget(self, keys: Sequence[str]) -> asyncio.Future[Values]:
         """The value of each key, None where there is none."""
         if self._connection is None or self._connection.is_lost:
             self._connection = _Connection(self._endpoint, self._connect_timeout_s)
-        return self._connection.ask(_packed("MGET", *keys))
+        return self._connection.ask(_packed("MGET", *keys), len(keys))
 
-    def drop(self) -> None:
-        """Give the connection up, and cancel all that it still owes: a peer that is gone may never say so."""
-        if self._connection is not None:
-            self._connection.close()
+    def give_up(self, read: asyncio.Future[Values]) -> bool:
+        """Cancel a read that takes too long; True if that speaks against the connection that was in use.
+
+        A peer that is gone may never say so, so other questions go over a new connection from now on. What the old
+        one owes to others may still come; it is closed when nobody waits for it any more.
+        """
+        read.cancel()
+        suspect = self._connection if self._connection is not None and self._connection.owes(read) else None
+        if suspect is not None:
+            self._suspects.append(suspect)
             self._connection = None
+        for connection in self._suspects:
+            if not connection.is_awaited:
+                connection.close()
+        self._suspects = [connection for connection in self._suspects if not connection.is_lost]
+        return suspect is not None
+
+    def close(self) -> None:
+        """Close every connection, and cancel what they owe."""
+        for connection in (*self._suspects, *filter(None, [self._connection])):
+            connection.close()
 
 
 class _Connection(asyncio.Protocol):
@@ -72,17 +89,27 @@ class _Connection(asyncio.Protocol):
 
     def __init__(self, endpoint: Callable[[], Awaitable[Endpoint]], timeout_s: float) -> None:
         self.is_lost = False
-        self._answers: deque[asyncio.Future[Values]] = deque()
+        self._answers: deque[tuple[asyncio.Future[Values], int]] = deque()  # and how many values each has
         self._parser = hiredis.Reader()
         self._transport: asyncio.Transport | None = None
         self._greeting: list[bytes] = []
+        self._greetings = 0  # answers to it that are still to come
         self._early: list[bytes] = []
         self._loop = asyncio.get_running_loop()
         self._opening = self._loop.create_task(self._open(endpoint, timeout_s))
 
-    def ask(self, command: bytes) -> asyncio.Future[Values]:
+    @property
+    def is_awaited(self) -> bool:
+        """Whether anybody waits for an answer."""
+        return any(not answer.done() for answer, _ in self._answers)
+
+    def owes(self, read: asyncio.Future[Values]) -> bool:
+        """Whether the answer to `read` has not come."""
+        return any(answer is read for answer, _ in self._answers)
+
+    def ask(self, command: bytes, count: int) -> asyncio.Future[Values]:
         answer: asyncio.Future[Values] = self._loop.create_future()
-        self._answers.append(answer)
+        self._answers.append((answer, count))
         if self._transport is None:
             self._early.append(command)
         else:
@@ -106,42 +133,47 @@ class _Connection(asyncio.Protocol):
             failure.__cause__ = error
             self.fail(failure)
 
-    def _greeted(self) -> asyncio.Future[Values]:
-        answer: asyncio.Future[Values] = self._loop.create_future()
-        answer.add_done_callback(self._on_greeted)
-        return answer
-
-    def _on_greeted(self, answer: asyncio.Future[Values]) -> None:
-        if not answer.cancelled() and isinstance(error := answer.exception(), StoreError):
-            self.fail(error)
-
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         if self.is_lost:
             transport.close()
             return
         self._transport = cast(asyncio.Transport, transport)
-        self._answers.extendleft(self._greeted() for _ in self._greeting)
+        self._greetings = len(self._greeting)
         self._transport.write(b"".join([*self._greeting, *self._early]))
 
     def data_received(self, data: bytes) -> None:
         try:
             self._parser.feed(data)
             while (reply := self._parser.gets()) is not False:
-                self._answer(reply)
-        except (hiredis.ProtocolError, IndexError) as error:
-            failure = StoreError("the feature cache answers in another protocol; check its URL")
-            failure.__cause__ = error
-            self.fail(failure)
+                self._take(reply)
+        except hiredis.ProtocolError as error:
+            self._refuse(error)
 
-    def _answer(self, reply: Any) -> None:
-        answer = self._answers.popleft()
-        if answer.done():
-            return
-        if isinstance(reply, hiredis.HiredisError):
-            failure = StoreError(f"the feature cache refuses to read ({reply}); try again later")
-            answer.set_exception(failure)
+    def _take(self, reply: Any) -> None:
+        refusal = reply if isinstance(reply, hiredis.HiredisError) else None
+        if self._greetings:
+            self._greetings -= 1
+            if refusal is not None:
+                self.fail(StoreError(f"the feature cache does not let us in ({refusal}); check its URL"))
+        elif not self._answers:
+            self._refuse(None)
         else:
-            answer.set_result(reply)
+            answer, count = self._answers.popleft()
+            if refusal is None and not (isinstance(reply, list) and len(reply) == count):
+                self._answers.appendleft((answer, count))
+                self._refuse(None)
+            elif answer.done():
+                return
+            elif refusal is not None:
+                answer.set_exception(StoreError(f"the feature cache refuses to read ({refusal}); try again later"))
+            else:
+                answer.set_result(reply)
+
+    def _refuse(self, cause: Exception | None) -> None:
+        """Whatever answers there, its order cannot be relied on any more."""
+        failure = StoreError("the feature cache answers something else than was asked; check its URL")
+        failure.__cause__ = cause
+        self.fail(failure)
 
     def connection_lost(self, error: Exception | None) -> None:
         failure = StoreError("the feature cache closed the connection; try again later")
@@ -150,7 +182,7 @@ class _Connection(asyncio.Protocol):
 
     def fail(self, failure: StoreError) -> None:
         """Close; the first who waits is told why, the others are cancelled, so that this counts as one failure."""
-        for answer in self._answers:
+        for answer, _ in self._answers:
             if not answer.done():
                 answer.set_exception(failure)
                 break
@@ -163,4 +195,4 @@ class _Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
         while self._answers:
-            self._answers.popleft().cancel()
+            self._answers.popleft()[0].cancel()

@@ -15,10 +15,12 @@ from typing import Final
 from service import metrics, scoring
 from service.breaker import Breaker, State
 from service.errors import Overloaded, ServiceError
+from service.history import History, unfold
 from service.models import Models
 from service.reader import Values
 from service.scoring import Batch, Score, Scored, ScoreFailure, ScoreRequest, Timing, unix_ms
-from service.store import History, Store
+from service.servers import UNREAD
+from service.store import Store
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +38,7 @@ Deliver = Callable[[Outcome, Timing], None]
 class Waiting:
     """A request on its way: where its answer goes, when it came and when it must be answered, by perf_counter."""
 
-    __slots__ = ("arrived", "deadline", "deliver", "is_gone", "is_queued", "request")
+    __slots__ = ("arrived", "deadline", "deliver", "is_done", "is_gone", "is_queued", "request")
 
     def __init__(
         self, request: ScoreRequest, deliver: Deliver, arrived: float, deadline: float, is_queued: bool
@@ -44,10 +46,11 @@ class Waiting:
         self.request, self.deliver, self.arrived, self.deadline = request, deliver, arrived, deadline
         self.is_queued = is_queued  # counts towards the length of the queue
         self.is_gone = False  # its client went away
+        self.is_done = False  # it was answered
 
 
 class _Flight:
-    """A group whose histories are being read; `judged` is when the read counts as failed."""
+    """A group whose histories are being read, in its order; `judged` is when the read counts as failed."""
 
     __slots__ = ("group", "judged", "now_ms", "read", "started", "timer")
 
@@ -167,7 +170,7 @@ class Scorer:
         now, now_ms = perf_counter(), self._now_ms()
         if not self._breaker.is_closed:
             metrics.store_reads("skipped").inc()
-            self._finish(staying, None, now_ms, now, 0.0)
+            self._finish(staying, None, now_ms, now)
             return
         try:
             read = self._store.ask([one.request.visitor_id for one in staying])
@@ -182,7 +185,7 @@ class Scorer:
         read.add_done_callback(lambda _: self._land(flight))
 
     def _set_timer(self, flight: _Flight) -> None:
-        until = min([one.deadline for one in flight.group], default=flight.judged)
+        until = min([one.deadline for one in flight.group if not one.is_done], default=flight.judged)
         # The loop itself may have been held up: then an answer lies there, and has one turn to be seen.
         flight.timer = self._loop.call_later(until - perf_counter(), self._loop.call_soon, self._give_up, flight)
 
@@ -191,17 +194,15 @@ class Scorer:
         if flight.read.done():
             return
         now = perf_counter() + _TICK_S
-        late = [one for one in flight.group if one.deadline <= now]
-        flight.group = [one for one in flight.group if one.deadline > now]
+        late = [one for one in flight.group if not one.is_done and one.deadline <= now]
         if late:
-            self._finish(late, None, flight.now_ms, flight.started, now - flight.started)
+            self._finish(late, None, flight.now_ms, flight.started)
         if now < flight.judged:
             self._set_timer(flight)
             return
         metrics.store_reads("late").inc()
-        flight.read.cancel()
-        self._store.drop()
-        self._note_failure("too slow")
+        if self._store.give_up(flight.read):
+            self._note_failure("too slow")
 
     def _land(self, flight: _Flight) -> None:
         """Score a group with what was read for it; a read that was cancelled has been judged already."""
@@ -211,7 +212,7 @@ class Scorer:
         if self._turn is not None:
             self._turn.cancel()
             self._take_up()
-        values = None
+        values: Values | None = None
         if not flight.read.cancelled():
             error = flight.read.exception()
             metrics.store_reads("ok" if error is None else "failed").inc()
@@ -220,8 +221,8 @@ class Scorer:
                 values = flight.read.result()
             else:
                 self._note_failure(str(error))
-        if flight.group:
-            self._finish(flight.group, values, flight.now_ms, flight.started, perf_counter() - flight.started)
+        for group, known in _split(flight.group, values):
+            self._finish(group, known, flight.now_ms, flight.started)
 
     def _note_failure(self, why: str) -> None:
         self._breaker.failed()
@@ -239,31 +240,28 @@ class Scorer:
             if trial.done() and not trial.cancelled() and trial.exception() is None:
                 self._breaker.succeeded()
             else:
-                trial.cancel()
-                self._store.drop()
+                self._store.give_up(trial)
                 self._breaker.failed()
         self._trial = None
         logger.warning("the feature cache answers again")
 
-    def _finish(
-        self, group: Sequence[Waiting], values: Values | None, now_ms: int, started: float, store_s: float
-    ) -> None:
-        """Score a group and deliver; a bug is delivered to each of it, and those to come are scored."""
+    def _finish(self, group: Sequence[Waiting], values: Values | None, now_ms: int, started: float) -> None:
+        """Score a group and deliver; a bug is delivered to all of it that it kept from a score."""
+        store_s = perf_counter() - started
         metrics.stage("store").observe(store_s)
-        for name, members, histories in _by_model(group, values):
-            try:
+        try:
+            for name, members, histories in _by_model(group, values):
                 degraded = ("store",) if values is None else ()
-                batch = Batch([one.request for one in members], histories, now_ms, degraded)
-                scored = self._score(name, batch)
-            except Exception as error:
-                for one in members:
+                scored = self._score(name, Batch([one.request for one in members], histories, now_ms, degraded))
+                metrics.stage("features").observe(scored.features_ms / 1000)
+                metrics.stage("model").observe(scored.model_ms / 1000)
+                for one, answer in zip(members, scored.answers, strict=True):
+                    queue_ms = (started - one.arrived) * 1000
+                    self._deliver(one, answer, Timing(queue_ms, store_s * 1000, scored.features_ms, scored.model_ms))
+        except Exception as error:
+            for one in group:
+                if not one.is_done:
                     self._deliver(one, error, Timing())
-                continue
-            metrics.stage("features").observe(scored.features_ms / 1000)
-            metrics.stage("model").observe(scored.model_ms / 1000)
-            for one, answer in zip(members, scored.answers, strict=True):
-                queue_ms = (started - one.arrived) * 1000
-                self._deliver(one, answer, Timing(queue_ms, store_s * 1000, scored.features_ms, scored.model_ms))
 
     def _score(self, name: str | None, batch: Batch) -> Scored:
         try:
@@ -274,6 +272,7 @@ class Scorer:
 
     def _deliver(self, one: Waiting, outcome: Outcome, timing: Timing) -> None:
         self._waiting -= one.is_queued
+        one.is_done = True
         if not one.is_gone:
             one.deliver(outcome, timing)
 
@@ -288,6 +287,23 @@ def _into(answer: asyncio.Future[tuple[Outcome, Timing]]) -> Deliver:
     return deliver
 
 
+def _split(group: Sequence[Waiting], values: Values | None) -> Iterator[tuple[Sequence[Waiting], Values | None]]:
+    """Those of a group who still wait, with their values, and those whose values some server did not give."""
+    places = [place for place, one in enumerate(group) if not one.is_done]
+    if values is None or UNREAD not in values:
+        read, unread = places, []
+    else:
+        read = [place for place in places if UNREAD not in values[2 * place : 2 * place + 2]]
+        unread = [place for place in places if UNREAD in values[2 * place : 2 * place + 2]]
+    if len(read) == len(group):
+        yield group, values
+    elif read:
+        known = None if values is None else [value for place in read for value in values[2 * place : 2 * place + 2]]
+        yield [group[place] for place in read], known
+    if unread:
+        yield [group[place] for place in unread], None
+
+
 def _by_model(
     group: Sequence[Waiting], values: Values | None
 ) -> Iterator[tuple[str | None, Sequence[Waiting], list[History]]]:
@@ -295,7 +311,7 @@ def _by_model(
     histories = (
         [History()] * len(group)
         if values is None
-        else [History(known or b"", traits or b"") for known, traits in zip(values[::2], values[1::2], strict=True)]
+        else [unfold(known, traits) for known, traits in zip(values[::2], values[1::2], strict=True)]
     )
     names = {one.request.model for one in group}
     for name in names:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated
-from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from service import location
 from service.core.errors import PropensityError
 
 Positive = Annotated[int, Field(gt=0)]
@@ -28,8 +28,9 @@ class Settings(BaseSettings):
     redis_url: str | None = Field(
         None,
         repr=False,
-        description="Feature cache: redis://, rediss:// or unix:// URL of Redis 7.0 or Valkey, or newer. "
-        "Without it an embedded server keeps its data in data_dir; set it as soon as there are two machines.",
+        description="Feature cache, Redis 7.0 or Valkey, or newer: redis://, unix://, redis+sentinel:// or "
+        "redis+cluster:// URL, with rediss for TLS. Without it an embedded server keeps its data in data_dir; set it "
+        "as soon as there are two machines.",
     )
     data_dir: Path = Field(
         Path(".propensity"),
@@ -126,12 +127,10 @@ class Settings(BaseSettings):
     @classmethod
     def _is_readable(cls, url: str | None) -> str | None:
         if url is not None:
-            parts = urlsplit(url)
-            if parts.scheme not in ("redis", "rediss", "unix"):
-                raise ValueError("write redis://HOST:6379/0, rediss://HOST:6379/0 or unix:///PATH/TO/SOCKET")
-            _ = parts.port  # raises ValueError where it is no port
-            if parts.query or parts.fragment:
-                raise ValueError("leave out what follows ? or #; timeouts and connections are settings of their own")
+            try:
+                location.parse(url)
+            except PropensityError as error:
+                raise ValueError(str(error)) from None
         return url
 
 

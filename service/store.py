@@ -18,26 +18,30 @@ import asyncio
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import ssl
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final, NamedTuple
 from urllib.parse import quote, unquote
 
-import numpy as np
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.client import Pipeline
+from redis.asyncio import BlockingConnectionPool, Connection, Redis, SSLConnection, UnixDomainSocketConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import AskError, MovedError, RedisError, ResponseError
 
-from service.core import events
-from service.core.errors import PropensityError
+from service import history, location, servers
 from service.core.events import RECORD_BYTES
 from service.errors import StoreError
+from service.history import MOST_EVENTS as MOST_EVENTS
+from service.history import History as History
+from service.history import compact_traits as compact_traits
+from service.location import Address, Kind, Location
 from service.reader import Endpoint, Reader, Values
+from service.servers import UNREAD, Command, Redirect, Refusal, Servers
 
-# The design's bound on a visitor's records, and what is let grow on top of it before a visitor is compacted.
-MOST_EVENTS: Final = 2048
+# What is let grow on top of the design's bound before a visitor is compacted.
 MOST_EVENT_BYTES: Final = 2 * MOST_EVENTS * RECORD_BYTES
 # A visitor has few traits and sends them again with every event; beyond this the latest of each are kept.
 MOST_TRAIT_BYTES: Final = 64 * RECORD_BYTES
@@ -45,20 +49,54 @@ MOST_TRAIT_BYTES: Final = 64 * RECORD_BYTES
 _PAGE: Final = 500
 _plain: Final = re.compile(r"[A-Za-z0-9_.~-]+").fullmatch
 
-# Puts ARGV[3] in place of the first ARGV[1] bytes if their SHA-1 is still ARGV[2]; what was appended since stays.
-_REPLACE_HEAD: Final = """
-local size = tonumber(ARGV[1])
-if redis.sha1hex(redis.call('GETRANGE', KEYS[1], 0, size - 1)) ~= ARGV[2] then return 0 end
-redis.call('SET', KEYS[1], ARGV[3] .. redis.call('GETRANGE', KEYS[1], size, -1), 'KEEPTTL')
-return 1
+# For each key, three arguments: puts the third in place of the first so many bytes if their SHA-1 is the second; what
+# was appended since stays. All keys or none; what becomes empty goes. Returns the memory that the first key takes then.
+_REPLACE_HEADS: Final = """
+for place, key in ipairs(KEYS) do
+  local head = redis.call('GETRANGE', key, 0, ARGV[3 * place - 2] - 1)
+  if redis.sha1hex(head) ~= ARGV[3 * place - 1] then return 0 end
+end
+for place, key in ipairs(KEYS) do
+  local value = ARGV[3 * place] .. redis.call('GETRANGE', key, ARGV[3 * place - 2], -1)
+  if value == '' then redis.call('DEL', key) else redis.call('SET', key, value, 'KEEPTTL') end
+end
+return redis.call('MEMORY', 'USAGE', KEYS[1]) or 1
 """
 
+# Adds to each key what it is given, and lets it live for ARGV[1] milliseconds from now on. Returns the length of each
+# value, -1 where it has another type. One script instead of two commands a key: half the time, and no key without end.
+_APPEND: Final = """
+local lengths = {}
+for place, key in ipairs(KEYS) do
+  local added = ARGV[place + 1]
+  local length = added == '' and 0 or redis.pcall('APPEND', key, added)
+  if type(length) == 'number' then
+    redis.call('PEXPIRE', key, ARGV[1])
+  elseif string.find(length.err, 'WRONGTYPE', 1, true) then
+    length = -1
+  else
+    return length
+  end
+  lengths[place] = length
+end
+return lengths
+"""
+# What else is asked of the server waits while one script runs; this many keys take it half a millisecond.
+_MOST_KEYS: Final = 200
 
-class History(NamedTuple):
-    """A visitor's records as they are stored, or some to add: events and traits, 24 bytes each."""
+# What a value takes of memory, its length, whether the visitor's other value exists, and for how long it is kept.
+_WEIGH: Final = """
+local taken = redis.call('MEMORY', 'USAGE', KEYS[1]) or 0
+return {taken, redis.call('STRLEN', KEYS[1]), redis.call('EXISTS', KEYS[2]), redis.call('PTTL', KEYS[1])}
+"""
 
-    events: bytes = b""
-    traits: bytes = b""
+# Gives KEYS[1] to ARGV[1] for ARGV[2] milliseconds, unless it is another's.
+_LEASE: Final = """
+local owner = redis.call('GET', KEYS[1])
+if owner and owner ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1
+"""
 
 
 class Quarantined(NamedTuple):
@@ -72,26 +110,16 @@ class Quarantined(NamedTuple):
 
 
 class Store:
-    """One connection pool to one Redis or Valkey. Every failure is a StoreError; nothing is retried."""
+    """What is kept of visitors, on one server or many. Every failure is a StoreError; nothing is retried."""
 
-    def __init__(self, client: Redis, *, namespace: str, retention_ms: int) -> None:
-        self._client = client
+    def __init__(self, network: _Network, *, namespace: str, retention_ms: int) -> None:
+        self._network = network
+        self._servers = network.servers()
         self._namespace = namespace
         self._retention_ms = retention_ms
-        self._replace_head = client.register_script(_REPLACE_HEAD)
-        self._reader = Reader(self.endpoint, connect_timeout_s=0.2)
-
-    async def endpoint(self) -> Endpoint:
-        """Where the server is that answers reads."""
-        given = self._client.connection_pool.connection_kwargs
-        return Endpoint(
-            host=given.get("host", "localhost"),
-            port=given.get("port", 6379),
-            path=given.get("path"),
-            username=given.get("username"),
-            password=given.get("password"),
-            database=given.get("db") or 0,
-        )
+        self._reader = Reader(self.endpoint, network.connect_timeout_s)
+        # What a value stored in one piece takes beyond `fresh_bytes` on this server; seen when values are stored anew.
+        self._excess = 0
 
     @classmethod
     def open(
@@ -104,36 +132,24 @@ class Store:
         connect_timeout_ms: int = 200,
         connections: int = 32,
     ) -> Store:
-        """A store at a redis://, rediss:// or unix:// URL. Connects when first used."""
-        try:
-            pool = BlockingConnectionPool.from_url(
-                url,
-                max_connections=connections,
-                timeout=timeout_ms / 1000,
-                socket_timeout=timeout_ms / 1000,
-                socket_connect_timeout=connect_timeout_ms / 1000,
-                # The library's own defaults, 5 s and ten retries, would hold a visitor's page for a minute.
-                retry=Retry(NoBackoff(), 0),
-                # RESP2 and no driver name: one round trip less for every connection that is opened.
-                protocol=2,
-                driver_info=None,
-            )
-        except ValueError as error:
-            raise PropensityError(
-                f"the URL of the feature cache cannot be read ({error}); write redis://HOST:6379/0, "
-                "rediss://HOST:6379/0 or unix:///PATH/TO/SOCKET"
-            ) from None
-        return cls(Redis.from_pool(pool), namespace=namespace, retention_ms=retention_ms)
+        """A store at a URL of one of the forms of `service.location`. Connects when first used."""
+        network = _Network(location.parse(url), timeout_ms / 1000, connect_timeout_ms / 1000, connections)
+        return cls(network, namespace=namespace, retention_ms=retention_ms)
 
     async def close(self) -> None:
         """Close every connection."""
-        self._reader.drop()
-        await self._client.aclose()
+        self._reader.close()
+        await self._servers.close()
 
     async def ping(self) -> None:
-        """Raise StoreError unless the server answers."""
-        with _failures():
-            await self._client.ping()
+        """Raise StoreError unless every server answers."""
+        for address in await self._servers.addresses():
+            await self._servers.run_on(address, [("PING",)])
+
+    async def endpoint(self) -> Endpoint:
+        """Where the server is that has all visitors: of Sentinels the master of now. A cluster has none."""
+        (address,) = await self._servers.addresses(anew=True)
+        return self._network.endpoint(address)
 
     def keys(self, visitor_id: str) -> tuple[str, str]:
         """The keys of a visitor's events and traits."""
@@ -144,50 +160,73 @@ class Store:
         """The history of each visitor, empty where there is none; one round trip."""
         if not visitor_ids:
             return []
-        with _failures():
-            values = await self._client.mget([key for visitor_id in visitor_ids for key in self.keys(visitor_id)])
-        return [History(*pair) for pair in zip(map(_bytes, values[::2]), map(_bytes, values[1::2]), strict=True)]
+        values = await self._values(visitor_ids, self._servers.run)
+        return [history.unfold(*pair) for pair in zip(values[::2], values[1::2], strict=True)]
 
     def ask(self, visitor_ids: Sequence[str]) -> asyncio.Future[Values]:
         """The events and traits of each visitor in turn, as they are stored, None where there are none.
 
-        The future fails with StoreError, and is cancelled if the connection is dropped.
+        `history.unfold` makes a History of the two. Where some servers of a cluster do not answer, those of their
+        visitors are UNREAD. The future fails with StoreError, and is cancelled if the connection is dropped. Who
+        cancels it says that it took too long.
         """
+        if self._network.is_cluster:
+            return asyncio.create_task(self._values(visitor_ids, self._servers.run_partly))
         keys = [key for visitor_id in visitor_ids for key in self.keys(visitor_id)]
         return self._reader.mget(keys)
 
-    def drop(self) -> None:
-        """Give up the connection of `ask` and what it still owes; the next question opens another."""
-        self._reader.drop()
+    def give_up(self, read: asyncio.Future[Values]) -> bool:
+        """Cancel what `ask` gave, which takes too long; True if that speaks against the connection in use."""
+        return self._reader.give_up(read)
 
-    async def append(self, additions: Mapping[str, History], now_ms: int) -> set[str]:
-        """Add records to visitors, in one round trip. Returns the visitors that cannot hold any.
+    async def _values(self, visitor_ids: Sequence[str], run: _Run) -> Values:
+        """What `ask` gives; each pair of keys is one command, so that every server gets its own at once."""
+        pairs = [self.keys(visitor_id) for visitor_id in visitor_ids]
+        if not self._network.is_cluster:
+            (values,) = await run([("MGET", *(key for pair in pairs for key in pair))])
+            return list(_granted(values))
+        replies = await run([("MGET", *pair) for pair in pairs])
+        values = [value for reply in replies for value in (reply if isinstance(reply, list) else (UNREAD, UNREAD))]
+        # While a slot moves, a pair of which one key has gone, or never was, is refused; each key has its own answer.
+        split = [place for place, reply in enumerate(replies) if isinstance(reply, Refusal)]
+        if split:
+            alone = await run([("GET", key) for place in split for key in pairs[place]])
+            for place, value in zip((2 * place + side for place in split for side in (0, 1)), alone, strict=True):
+                values[place] = (None if value.is_wrong_type else UNREAD) if isinstance(value, Refusal) else value
+        return values
 
-        That is only where something else has put a value of another type under their keys. Any other failure, also
-        of a part, raises StoreError: the whole can be sent again without harm.
+    async def append(self, additions: Mapping[str, History], now_ms: int) -> dict[str, History]:
+        """Add records to visitors, in one round trip. Returns those that could not be added, by visitor.
+
+        That is only where something else has put a value of another type under a key. Any other failure, also of a
+        part, raises StoreError: the whole can be sent again without harm.
         """
-        added = [
-            (visitor_id, key, blob)
-            for visitor_id, history in additions.items()
-            for key, blob in zip(self.keys(visitor_id), history, strict=True)
-            if blob
+        keys = [key for visitor_id in additions for key in self.keys(visitor_id)]
+        blobs = [blob for history in additions.values() for blob in history]
+        lengths = await self._append(keys, blobs)
+        outgrown = [
+            key
+            for key, blob, length in zip(keys, blobs, lengths, strict=True)
+            if length > 0 and (length % RECORD_BYTES or self._has_outgrown(key, length - len(blob), length))
         ]
-        with _failures():
-            pipeline = self._client.pipeline(transaction=False)
-            for _, key, blob in added:
-                pipeline.append(key, blob)
-            for visitor_id in additions:
-                self._keep(pipeline, visitor_id)
-            replies = await pipeline.execute(raise_on_error=False)
-        unfit: set[str] = set()
-        for (visitor_id, key, blob), reply in zip(added, replies, strict=False):
-            if isinstance(reply, ResponseError) and str(reply).startswith("WRONGTYPE"):
-                unfit.add(visitor_id)
-            elif isinstance(reply, Exception):
-                raise StoreError(f"the feature cache refuses to write ({reply}); try again later") from reply
-            elif self._has_outgrown(key, reply - len(blob), reply) or reply % RECORD_BYTES:
-                await self._trim(key, now_ms)
-        return unfit
+        if outgrown:
+            await self._trim(outgrown, now_ms)
+        if -1 not in lengths:
+            return {}
+        lost = [blob if length < 0 else b"" for blob, length in zip(blobs, lengths, strict=True)]
+        return {
+            name: left for name, left in zip(additions, map(History, lost[::2], lost[1::2]), strict=True) if any(left)
+        }
+
+    async def _append(self, keys: Sequence[str], blobs: Sequence[bytes]) -> list[int]:
+        """Add a blob to each key; the length of each value, 0 where nothing was added and -1 where nothing can be."""
+        # One key a script in a cluster: they are on several servers, and a visitor's two while its slot moves.
+        most = 1 if self._network.is_cluster else _MOST_KEYS
+        parts = [(keys[first : first + most], blobs[first : first + most]) for first in range(0, len(keys), most)]
+        commands: list[Command] = [
+            ("EVAL", _APPEND, len(part), *part, self._retention_ms, *added) for part, added in parts
+        ]
+        return [length for lengths in await self._run(*commands) for length in lengths]
 
     async def append_missing(self, additions: Mapping[str, History], now_ms: int) -> int:
         """Add the records that are not there yet, and that compaction would keep. Returns how many were added.
@@ -197,8 +236,8 @@ class Store:
         missing = {}
         for (visitor_id, new), known in zip(additions.items(), await self.read(list(additions)), strict=True):
             fresh = History(
-                _missing(known.events, new.events, compact_events),
-                _missing(known.traits, new.traits, lambda blob: compact_traits(blob, now_ms)),
+                history.missing(known.events, new.events, history.compact_events),
+                history.missing(known.traits, new.traits, lambda blob: history.compact_traits(blob, now_ms)),
             )
             if any(fresh):
                 missing[visitor_id] = fresh
@@ -209,68 +248,67 @@ class Store:
 
     async def replayed(self, mark: str) -> set[int]:
         """Parts of the replay named `mark` that are already here."""
-        with _failures():
-            parts: Any = await self._client.smembers(f"{self._namespace}:replay:{mark}")
+        (parts,) = await self._run(("SMEMBERS", f"{self._namespace}:replay:{mark}"))
         return {int(part) for part in parts}
 
     async def mark_replayed(self, mark: str, part: int) -> None:
         """Remember, for as long as visitors are kept, that a part of a replay is here."""
         key = f"{self._namespace}:replay:{mark}"
-        with _failures():
-            pipeline = self._client.pipeline(transaction=False)
-            pipeline.sadd(key, part)
-            pipeline.pexpire(key, self._retention_ms)
-            await pipeline.execute()
+        await self._run(("SADD", key, part), ("PEXPIRE", key, self._retention_ms))
 
     async def sample(self, count: int) -> list[str]:
         """Ids of up to `count` visitors with events, picked at random."""
+        addresses = await self._servers.addresses()
+        share: list[Command] = [("RANDOMKEY",)] * -(-count // len(addresses))
+        replies = await asyncio.gather(*(self._servers.run_on(address, share) for address in addresses))
+        found = {self._visitor_id(_granted(key)) for keys in replies for key in keys if key is not None}
+        return sorted(visitor_id for visitor_id in found if visitor_id is not None)[:count]
+
+    def _visitor_id(self, key: bytes) -> str | None:
+        """The visitor that a key has the events of."""
         prefix = f"{self._namespace}:e:{{".encode()
-        with _failures():
-            pipeline = self._client.pipeline(transaction=False)
-            for _ in range(count):
-                pipeline.randomkey()
-            keys: list[bytes | None] = await pipeline.execute()
-        found = {key for key in keys if key is not None and key.startswith(prefix)}
-        return sorted(unquote(key[len(prefix) : -1].decode(), errors="surrogatepass") for key in found)
+        return unquote(key[len(prefix) : -1].decode(), errors="surrogatepass") if key.startswith(prefix) else None
 
     async def erase(self, visitor_id: str) -> bool:
         """Delete everything that is kept of a visitor, refused events too. Returns whether there was anything."""
-        with _failures():
-            deleted = await self._client.delete(*self.keys(visitor_id))
-            deleted += await self._erase_quarantined(visitor_id)
-            deleted += await self._erase_scores(visitor_id)
+        deleted = sum(await self._run(*(("DEL", key) for key in self.keys(visitor_id))))
+        deleted += await self._erase_quarantined(visitor_id)
+        deleted += await self._erase_scores(visitor_id)
         return bool(deleted)
 
     async def log_scores(self, entries: Sequence[bytes], length: int) -> None:
         """Add entries of served scores, JSON lines, to their stream; about the latest `length` entries are kept."""
-        with _failures():
-            pipeline = self._client.pipeline(transaction=False)
-            for entry in entries:
-                pipeline.xadd(self._scores_key, {"scores": entry}, maxlen=length, approximate=True)
-            pipeline.pexpire(self._scores_key, self._retention_ms)
-            await pipeline.execute()
+        key = self._scores_key
+        added = [("XADD", key, "MAXLEN", "~", length, "*", "scores", entry) for entry in entries]
+        await self._run(*added, ("PEXPIRE", key, self._retention_ms))
 
-    async def quarantine(self, refused: Sequence[Quarantined], length: int) -> None:
-        """Keep refused events, about the latest `length` of them."""
-        with _failures():
-            pipeline = self._client.pipeline(transaction=False)
-            for item in refused:
-                fields: dict[Any, Any] = {
-                    "reason": item.reason,
-                    "message": item.message,
-                    "received_ms": item.received_ms,
-                    "visitors": " ".join(quote(visitor_id, safe="") for visitor_id in item.visitor_ids),
-                    "event": item.event,
-                }
-                pipeline.xadd(self._quarantine_key, fields, maxlen=length, approximate=True)
-            pipeline.pexpire(self._quarantine_key, self._retention_ms)
-            await pipeline.execute()
+    async def quarantine(self, refused: Sequence[Quarantined], length: int) -> bool:
+        """Keep refused events, about the latest `length` of them. Returns whether something else is not in the way."""
+        key, added = self._quarantine_key, []
+        for item in refused:
+            fields: dict[str, str | int] = {
+                "reason": item.reason,
+                "message": item.message,
+                "received_ms": item.received_ms,
+                "visitors": " ".join(quote(visitor_id, safe="") for visitor_id in item.visitor_ids),
+                "event": item.event,
+            }
+            added.append(("XADD", key, "MAXLEN", "~", length, "*", *(word for pair in fields.items() for word in pair)))
+        replies = await self._servers.run([*added, ("PEXPIRE", key, self._retention_ms)])
+        if any(isinstance(reply, Refusal) and reply.is_wrong_type for reply in replies):
+            return False
+        for reply in replies:
+            _granted(reply)
+        return True
 
     async def quarantined(self, count: int = 100) -> list[Quarantined]:
         """The latest `count` refused events, newest first."""
-        with _failures():
-            entries: Any = await self._client.xrevrange(self._quarantine_key, count=count)
+        (entries,) = await self._run(("XREVRANGE", self._quarantine_key, "+", "-", "COUNT", count))
         return [_quarantined(fields) for _, fields in entries]
+
+    async def _run(self, *commands: Command) -> list[Any]:
+        """The reply to each command. Raises StoreError also where a server refuses one."""
+        return [_granted(reply) for reply in await self._servers.run(commands)]
 
     @property
     def _scores_key(self) -> str:
@@ -283,12 +321,12 @@ class Store:
     async def _erase_quarantined(self, visitor_id: str) -> int:
         wanted, start, deleted = quote(visitor_id, safe="", errors="surrogatepass").encode(), "-", 0
         while True:
-            entries: Any = await self._client.xrange(self._quarantine_key, min=start, count=_PAGE)
+            (entries,) = await self._run(("XRANGE", self._quarantine_key, start, "+", "COUNT", _PAGE))
             if not entries:
                 return deleted
             found = [entry for entry, fields in entries if wanted in fields.get(b"visitors", b"").split()]
             if found:
-                deleted += await self._client.xdel(self._quarantine_key, *found)
+                deleted += sum(await self._run(("XDEL", self._quarantine_key, *found)))
             start = f"({entries[-1][0].decode()}"
 
     async def _erase_scores(self, visitor_id: str) -> int:
@@ -296,7 +334,7 @@ class Store:
         told, start, deleted = json.dumps(visitor_id, ensure_ascii=False), "-", 0
         needle = f'"visitor_id":{told},'.encode("utf-8", "surrogatepass")
         while True:
-            entries: Any = await self._client.xrange(self._scores_key, min=start, count=_PAGE)
+            (entries,) = await self._run(("XRANGE", self._scores_key, start, "+", "COUNT", _PAGE))
             if not entries:
                 return deleted
             for name, fields in entries:
@@ -304,79 +342,227 @@ class Store:
                 others = [line for line in lines if needle not in line]
                 if len(others) < len(lines):
                     deleted += len(lines) - len(others)
-                    pipeline = self._client.pipeline(transaction=False)
-                    if others:
-                        pipeline.xadd(self._scores_key, {"scores": b"\n".join(others)})
-                    pipeline.xdel(self._scores_key, name)
-                    await pipeline.execute()
+                    again = [("XADD", self._scores_key, "*", "scores", b"\n".join(others))] if others else []
+                    await self._run(*again, ("XDEL", self._scores_key, name))
             start = f"({entries[-1][0].decode()}"
-
-    def _keep(self, pipeline: Pipeline, visitor_id: str) -> None:
-        for key in self.keys(visitor_id):
-            pipeline.pexpire(key, self._retention_ms)
 
     def _has_outgrown(self, key: str, before: int, after: int) -> bool:
         """Whether a value passed a multiple of the size that it is let grow to; not every append tries to compact."""
+        if after < MOST_TRAIT_BYTES:  # the lower of the two, and nearly all are below it
+            return False
         most = MOST_EVENT_BYTES if key.startswith(f"{self._namespace}:e:") else MOST_TRAIT_BYTES
         return before // most < after // most
 
-    async def _trim(self, key: str, now_ms: int) -> None:
-        """Compact one value, unless it changed meanwhile other than by growing; the next append sees to it then."""
-        with _failures():
-            known = _bytes(await self._client.get(key))
+    async def _trim(self, keys: Sequence[str], now_ms: int) -> None:
+        """Compact values, but those that change meanwhile other than by growing; the next append sees to them then."""
+        changes = []
+        for key, value in zip(keys, await self._run(*(("GET", key) for key in keys)), strict=True):
+            known = value or b""
             is_events = key.startswith(f"{self._namespace}:e:")
-            kept = compact_events(known) if is_events else compact_traits(known, now_ms)
+            kept = history.trim_events(known) if is_events else history.compact_traits(known, now_ms)
             if len(kept) < len(known):
-                await self._replace_head(
-                    keys=[key],
-                    args=[len(known), hashlib.sha1(known, usedforsecurity=False).hexdigest(), kept],
-                )
+                changes.append(_Change(key, known, kept))
+        await self._run(*(_replacement([change]) for change in changes))
+
+    # --- compaction of visitors at rest, see `service.workers.compaction` ---
+
+    async def lease(self, name: str, owner: str, ms: int) -> bool:
+        """Give `name` to `owner` for a time, anew or on top. Returns whether it is not another's."""
+        (is_given,) = await self._run(("EVAL", _LEASE, 1, f"{self._namespace}:{name}", owner, ms))
+        return bool(is_given)
+
+    async def note(self, name: str, text: str, ms: int) -> None:
+        """Keep a text for a time."""
+        await self._run(("SET", f"{self._namespace}:{name}", text, "PX", ms))
+
+    async def noted(self, name: str) -> str:
+        """The text that was kept, empty where there is none."""
+        (text,) = await self._run(("GET", f"{self._namespace}:{name}"))
+        return (text or b"").decode()
+
+    async def addresses(self) -> tuple[Address, ...]:
+        """The servers that have visitors."""
+        return await self._servers.addresses()
+
+    async def count_keys(self) -> int:
+        """How many keys there are on all servers, those of other namespaces too."""
+        counts = [await self._servers.run_on(address, [("DBSIZE",)]) for address in await self.addresses()]
+        return sum(_granted(count) for (count,) in counts)
+
+    async def scan(self, address: Address, cursor: int, count: int) -> tuple[int, list[str]]:
+        """About `count` keys of visitors on one server from a cursor on, 0 at first; and the next one, 0 at the end."""
+        words = ("SCAN", cursor, "MATCH", f"{self._namespace}:[et]:{{*}}", "COUNT", count, "TYPE", "string")
+        (reply,) = await self._servers.run_on(address, [words])
+        following, keys = _granted(reply)
+        return int(following), [key.decode() for key in keys]
+
+    async def compact(self, keys: Sequence[str], now_ms: int, rest_ms: int = 0) -> int:
+        """Store anew, in one piece and under one key, the visitors among `keys` that take more memory than they must.
+
+        Left alone is who was written to in the last `rest_ms`. Records that are broken, doubled or beyond the bound
+        go; what is appended meanwhile stays. Returns how many visitors were stored anew.
+        """
+        pairs = await self._loose(keys, rest_ms)
+        changes = []
+        for pair, values in zip(pairs, await self._servers.run([("MGET", *pair) for pair in pairs]), strict=True):
+            if isinstance(values, list) and any(values):
+                known = [value or b"" for value in values]
+                kept = history.fold(known[0], known[1], now_ms)
+                changes.append([_Change(*change) for change in zip(pair, known, kept, strict=True) if change[1]])
+        done = 0
+        replies = await self._servers.run([_replacement(change) for change in changes])
+        for (first, *_), taken in zip(changes, replies, strict=True):
+            if isinstance(taken, int) and taken:
+                self._excess = max(self._excess, taken - history.fresh_bytes(first.key, len(first.kept)))
+                done += 1
+        return done
+
+    async def _loose(self, keys: Sequence[str], rest_ms: int) -> list[tuple[str, str]]:
+        """Both keys of each visitor at rest of which a value takes more memory than it must, or both exist."""
+        pairs = [self._pair(key) for key in keys]
+        asked = [
+            ("EVAL", _WEIGH, 2, *(pair if key == pair[0] else pair[::-1]))
+            for key, pair in zip(keys, pairs, strict=True)
+        ]
+        loose: dict[tuple[str, str], None] = {}
+        for key, pair, reply in zip(keys, pairs, await self._servers.run(asked), strict=True):
+            if isinstance(reply, list):
+                taken, size, others, life_ms = reply
+                spare = taken - history.fresh_bytes(key, size) - self._excess
+                is_busy = 0 <= self._retention_ms - life_ms < rest_ms
+                if not is_busy and (others or spare > max(16, size // 16)):
+                    loose[pair] = None
+        return list(loose)
+
+    def _pair(self, key: str) -> tuple[str, str]:
+        """Both keys of the visitor that has this one."""
+        rest = key[len(self._namespace) + 2 :]
+        return f"{self._namespace}:e{rest}", f"{self._namespace}:t{rest}"
 
 
-def compact_events(blob: bytes) -> bytes:
-    """The events worth keeping of a value: sound, each once, in canonical order, the latest 2,048."""
-    return events.compact(_aligned(blob), MOST_EVENTS)
+class _Change(NamedTuple):
+    """What a key holds, and what it shall hold in place of that."""
+
+    key: str
+    known: bytes
+    kept: bytes
 
 
-def compact_traits(blob: bytes, now_ms: int) -> bytes:
-    """The trait records worth keeping: the latest of each trait at `now_ms`, and those that are still to come."""
-    known = events.from_bytes(_aligned(blob))
-    known = known[events.valid(known)]
-    known = known[events.canonical_order(known)]
-    known = known[events.first_of_each(known)]
-    keep = known["ts_ms"] > now_ms
-    backwards = np.flatnonzero(~keep)[::-1]
-    keep[backwards[np.unique(known["id"][backwards], return_index=True)[1]]] = True
-    return known[keep][-MOST_EVENTS:].tobytes()
-
-
-def _aligned(blob: bytes) -> bytes:
-    """Whole records of a value. Bytes that are no record shift what follows, so a torn value is cut both ways."""
-    torn = len(blob) % RECORD_BYTES
-    return blob[:-torn] + blob[torn:] if torn else blob
-
-
-def _missing(known: bytes, new: bytes, compact: Callable[[bytes], bytes]) -> bytes:
-    """The records of `new` that `known` has not, without those that compaction would drop again."""
-    if not known and len(new) <= MOST_EVENTS * RECORD_BYTES:
-        return new
-    known = _aligned(known)
-    held = set(_records(known))
-    return b"".join(record for record in _records(compact(known + new)) if record not in held)
-
-
-def _records(blob: bytes) -> Iterator[bytes]:
-    return (blob[start : start + RECORD_BYTES] for start in range(0, len(blob), RECORD_BYTES))
-
-
-def _bytes(value: object) -> bytes:
-    return value if isinstance(value, bytes) else b""
+def _replacement(changes: Sequence[_Change]) -> Command:
+    told = [(len(one.known), hashlib.sha1(one.known, usedforsecurity=False).hexdigest(), one.kept) for one in changes]
+    return (
+        "EVAL",
+        _REPLACE_HEADS,
+        len(changes),
+        *(one.key for one in changes),
+        *(word for one in told for word in one),
+    )
 
 
 def _quarantined(fields: Mapping[bytes, bytes]) -> Quarantined:
     text = {name.decode(): value.decode("utf-8", "replace") for name, value in fields.items()}
     visitor_ids = tuple(unquote(part) for part in text["visitors"].split())
     return Quarantined(text["reason"], text["message"], int(text["received_ms"]), visitor_ids, text["event"])
+
+
+def _granted(reply: Any) -> Any:
+    """A reply that is no refusal. Raises StoreError for one."""
+    if isinstance(reply, Refusal):
+        raise StoreError(f"the feature cache refuses ({reply.text}); try again later")
+    return reply
+
+
+_Run = Callable[[Sequence[Command]], Awaitable[list[Any]]]
+
+
+@dataclass(frozen=True)
+class _Network:
+    """How connections are opened, to the servers of a location."""
+
+    where: Location
+    timeout_s: float
+    connect_timeout_s: float
+    connections: int
+
+    @property
+    def is_cluster(self) -> bool:
+        return self.where.kind is Kind.CLUSTER
+
+    def servers(self) -> Servers:
+        if self.where.kind is Kind.SENTINEL:
+            sentinel = self.where._replace(username=None, password=None, database=0)
+            # Sentinels that want a password are taken to have that of the servers.
+            openers = [
+                _Network(known, self.timeout_s, self.connect_timeout_s, 1).node
+                for known in (sentinel, self.where._replace(database=0))[: 2 if self.where.password else 1]
+            ]
+            return Servers(servers.by_sentinels(self.where.addresses, self.where.service, openers), self.node)
+        if self.is_cluster:
+            return Servers(servers.in_cluster(self.where.addresses, self.node), self.node)
+        return Servers(servers.alone(*self.where.addresses), self.node)
+
+    def node(self, address: Address) -> _Node:
+        """One server, not connected yet."""
+        known = self.endpoint(address)
+        place: dict[str, Any] = {"connection_class": Connection, "host": known.host, "port": known.port}
+        if known.path is not None:
+            place = {"connection_class": UnixDomainSocketConnection, "path": known.path}
+        elif self.where.tls:
+            place["connection_class"] = SSLConnection
+        pool = BlockingConnectionPool(
+            max_connections=self.connections,
+            timeout=self.timeout_s,
+            socket_timeout=self.timeout_s,
+            socket_connect_timeout=self.connect_timeout_s,
+            username=known.username,
+            password=known.password,
+            db=known.database,
+            # The library's own defaults, 5 s and ten retries, would hold a visitor's page for a minute.
+            retry=Retry(NoBackoff(), 0),
+            # RESP2 and no driver name: one round trip less for every connection that is opened.
+            protocol=2,
+            driver_info=None,
+            **place,
+        )
+        return _Node(Redis.from_pool(pool))
+
+    def endpoint(self, address: Address) -> Endpoint:
+        """Where a server listens, and what it asks first."""
+        host, port = address
+        where = self.where
+        tls = self._tls if where.tls else None
+        return Endpoint(host, port, where.path, tls, where.username, where.password, where.database)
+
+    @cached_property
+    def _tls(self) -> ssl.SSLContext:
+        return ssl.create_default_context()
+
+
+class _Node:
+    """One server, and a pool of connections to it by redis-py."""
+
+    def __init__(self, client: Redis) -> None:
+        self._client = client
+
+    async def run(self, commands: Sequence[Command]) -> list[Any]:
+        """The reply to each command, in one round trip; see `servers.Node`."""
+        with _failures():
+            pipeline = self._client.pipeline(transaction=False)
+            for command in commands:
+                pipeline.execute_command(*command)
+            replies = await pipeline.execute(raise_on_error=False)
+        return [_told(reply) if isinstance(reply, ResponseError) else reply for reply in replies]
+
+    async def close(self) -> None:
+        """Close its connections."""
+        await self._client.aclose()
+
+
+def _told(error: ResponseError) -> Redirect | Refusal:
+    """What a server's error says."""
+    if isinstance(error, AskError):  # of which MovedError is one
+        return Redirect(error.slot_id, (error.host, error.port), not isinstance(error, MovedError))
+    return Refusal(f"{error.status_code} {error}" if error.status_code else str(error))
 
 
 @contextmanager

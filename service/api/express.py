@@ -26,6 +26,7 @@ _START: Final = b"POST /v1/score HTTP/1.1\r\n"
 _TYPES: Final = (b"application/json", b"application/json; charset=utf-8")
 # Heads that are remembered. A client sends the same one with most requests, unless it numbers them.
 _MOST_HEADS: Final = 1024
+_LONGEST_HEAD: Final = 4096
 _Values = dict[str, str | bool | int | float | None]
 
 
@@ -46,21 +47,25 @@ class ExpressLane:
         self._seconds = metrics.REQUEST_SECONDS.labels(PATH, "POST", 200)
         self._refused_seconds = metrics.REQUEST_SECONDS.labels(PATH, "POST", 429)
 
-    def read(self, data: bytes) -> Asked | None:
-        """The request that `data` is, if it is one whole plain request and nothing else."""
-        raw_head, _, body = data.partition(b"\r\n\r\n")
+    def read(self, data: bytes) -> Asked | bool:
+        """The request that `data` is. True if that takes more bytes; False if it is not one plain request alone."""
+        raw_head, end, body = data.partition(b"\r\n\r\n")
+        if not end or len(raw_head) > _LONGEST_HEAD:
+            return False
         try:
             head = self._heads[raw_head]
         except KeyError:
             head = self._learn(raw_head)
-        if head is None or len(body) != head.length or b"\\" in body:
-            return None
+        if head is None or len(body) > head.length or b"\\" in body:
+            return False
+        if len(body) < head.length:
+            return True
         try:
             asked = _decoder.decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError):
-            return None
+            return False
         if body.count(b":") != asked.colons():
-            return None
+            return False
         request = ScoreRequest(asked.visitor_id, asked.model or None, asked.context or {}, asked.features or {})
         return Asked(request, head.timeout_ms)
 

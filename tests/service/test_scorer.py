@@ -185,6 +185,22 @@ async def test_a_hanging_cache_costs_each_request_its_own_time_and_the_next_noth
     scorer.close()
 
 
+async def test_those_who_did_not_wait_leave_the_others_their_own_histories(
+    own_store: Store, own_redis_server: RedisServer, loaded: Models
+) -> None:
+    await own_store.append({f"v{row}": events_of(row) for row in range(40)}, NOW_MS)
+    scorer = scorer_of(own_store, loaded)
+    await asked(scorer)
+    stop(own_redis_server)
+    waiting = [asyncio.create_task(asked(scorer, f"v{row}", 10 if row % 3 else 2000)) for row in range(40)]
+    await asyncio.sleep(0.1)
+    resume(own_redis_server)
+    for row, score in enumerate(await asyncio.gather(*waiting)):
+        assert score.visitor_id == f"v{row}"
+        assert (score.events, score.degraded) == ((0, ["store"]) if row % 3 else (row, []))
+    assert scorer.waiting == 0
+
+
 async def test_the_breaker_opens_on_failures_in_a_row_and_closes_when_the_cache_is_back(
     own_store: Store, own_redis_server: RedisServer, loaded: Models
 ) -> None:
