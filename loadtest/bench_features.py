@@ -30,6 +30,7 @@ VISITORS: Final = 20_000
 EVENTS: Final = 30
 FEATURES: Final = 24
 MOMENTS: Final = 5
+BATCHES: Final = (1, 4, 16, 32, 64, VISITORS)
 NOW_MS: Final = 1_790_000_000_000
 WANTED: Final = 80_000
 
@@ -126,7 +127,7 @@ def main() -> int:
     plain = oracle_rate(plan, records)
     print(f"{FEATURES} features, {EVENTS} events a visitor, one core: rows a second and ratio to plain Python")
     print(f"  plain Python (the oracle of the tests)   {plain:>10,.0f}      1 x")
-    for batch in (1, 16, 64, VISITORS):
+    for batch in BATCHES:
         found = kernel_rate(plan, records, batch)
         print(f"  kernel, {batch:>6,} visitors a call           {found:>10,.0f} {found / plain:>6.0f} x")
     computing, whole = command_rates()

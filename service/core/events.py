@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -34,9 +35,12 @@ _WORDS: Final = struct.Struct("<QQQ")
 # The check makes the top 16 bits of the weighted sum of a record's three 64-bit words equal to _SEAL, so that
 # one integer dot product verifies any number of records. The weights are odd: every bit reaches the top.
 _WEIGHTS: Final = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9)
-_WEIGHT_ARRAY: Final = np.array(_WEIGHTS, np.uint64)
+_THREE_WORDS: Final = np.dtype(("<i8", (3,)))
+_WEIGHT_ARRAY: Final = np.array(_WEIGHTS, np.uint64).view(np.int64)
 _UNDO: Final = pow(_WEIGHTS[2], -1, 1 << 16)
 _SEAL: Final = 0x5CE7
+_SEAL_ARRAY: Final = np.array(_SEAL)
+_CHECK_SHIFT: Final = np.array(48)
 _MASK64: Final = (1 << 64) - 1
 _NAN: Final = float("nan")
 FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
@@ -97,23 +101,41 @@ def records(
     made["value"] = np.where(np.isfinite(values), values, np.float32(np.nan))
     made["kind"] = kind
     made["check"] = 0
-    missing = np.uint64(_SEAL) - (_sums(made) >> np.uint64(48))
+    missing = np.uint64(_SEAL) - (_sums(made).view(np.uint64) >> np.uint64(48))
     made["check"] = (missing * np.uint64(_UNDO) & np.uint64(0xFFFF)).astype(np.uint16)
     return made
 
 
 def valid(array: Records) -> npt.NDArray[np.bool_]:
     """bool[E]: whether the check of each record fits the rest of it (wrong by chance once in 65,536)."""
-    return np.asarray(_sums(array) >> np.uint64(48) == _SEAL)
+    sums = _sums(array)
+    sums >>= _CHECK_SHIFT
+    sound: npt.NDArray[np.bool_] = sums == _SEAL_ARRAY
+    return sound
 
 
-def _sums(array: Records) -> npt.NDArray[np.uint64]:
-    return np.asarray(np.ascontiguousarray(array).view("<u8").reshape(-1, 3) @ _WEIGHT_ARRAY)
+def words(array: Records) -> npt.NDArray[np.int64]:
+    """int64[E, 3]: the 24 bytes of each record as ts, attribute << 32 | id, and the rest."""
+    return np.ascontiguousarray(array).view(_THREE_WORDS)
+
+
+def _sums(array: Records) -> npt.NDArray[np.int64]:
+    sums: npt.NDArray[np.int64] = _WEIGHT_ARRAY.dot(words(array).T)
+    return sums
 
 
 def from_bytes(blob: bytes) -> Records:
     """RECORD[len // 24] over the bytes without a copy; a torn tail shorter than one record is left out."""
     return np.frombuffer(blob, RECORD, count=len(blob) // RECORD_BYTES)
+
+
+def join(blobs: Sequence[bytes]) -> tuple[Records, npt.NDArray[np.int64]]:
+    """RECORD[E], the records of all blobs, torn tails left out; int64[n + 1], where those of each blob start."""
+    starts = np.zeros(len(blobs) + 1, np.int64)
+    np.fromiter(map(len, blobs), np.int64, len(blobs)).cumsum(out=starts[1:])
+    if np.count_nonzero(starts % RECORD_BYTES):
+        return join([blob[: len(blob) // RECORD_BYTES * RECORD_BYTES] for blob in blobs])
+    return from_bytes(b"".join(blobs)), starts // RECORD_BYTES
 
 
 def canonical_order(array: Records, row: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.int64]:

@@ -1,24 +1,26 @@
 """The kernel: features of many visitors at once, a pure function of their event records and of `now`.
 
-A spec is compiled once into a `Plan`; `matrix` then evaluates every row of a call together. All windowed
-statistics become the columns of two arrays over the events, one that is summed and one of which the minimum is
-taken, so that the number of numpy calls does not grow with the number of features.
+A spec is compiled once into a `Plan`; `matrix` then evaluates every row of a call together. All windowed statistics
+become the lines of one array over the events, some of them summed and of the others the largest taken, so that the
+number of numpy calls does not grow with the number of features. They are few: they are what one visitor alone costs.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from graphlib import TopologicalSorter
-from typing import Any, Final
+from itertools import groupby
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from service.core import events
 from service.core.events import Records
-from service.core.spec import Aggregate, Clock, Decay, Distinct, FeatureSpec, Mean, Ratio, Request, Session, Trait
+from service.core.spec import ANY, Aggregate, Clock, Decay, Feature, FeatureSpec, Ratio, Request, Session, Trait
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -26,54 +28,106 @@ Bools = npt.NDArray[np.bool_]
 
 # Rows are taken in blocks of about this many events, so that the arrays of one block stay in the L2 cache.
 BLOCK_EVENTS: Final = 4096
-_DAY_MS: Final = 86_400_000
 
-# The columns of `_sources`: what of an event is summed or minimised. Decays and distinct flags follow them.
-_ONE, _VALUE, _HAS_VALUE, _AGE, _OLDNESS, _LOW, _HIGH, _PLACE = range(8)
-_FIXED_SOURCES: Final = 8
+# What a slot takes of an event. The sources up to _DISTINCT are summed; of the others the largest is taken.
+_ONE, _HAS_VALUE, _VALUE, _DECAY, _DISTINCT, _TENURE, _RECENCY, _HIGHEST, _LOWEST, _DURATION, _PLACE = range(11)
+_SOURCES: Final = {
+    "count": _ONE,
+    "mean": _HAS_VALUE,
+    "sum": _VALUE,
+    "decay": _DECAY,
+    "distinct": _DISTINCT,
+    "tenure": _TENURE,
+    "recency": _RECENCY,
+    "max": _HIGHEST,
+    "min": _LOWEST,
+    "latest": _PLACE,
+}
+_OF_VALUES: Final = (_HAS_VALUE, _VALUE, _HIGHEST, _LOWEST, _PLACE)
+# The weight of an event is 1 where it counts and 0 where not, but for these sources, which may be negative, 0 and
+# -infinity. By these operations weights become what slots take.
+_ADDED: Final = (_TENURE, _RECENCY, _HIGHEST, _LOWEST)
+_OPERATIONS: Final[Mapping[int, tuple[np.ufunc, str]]] = {
+    _VALUE: (np.multiply, "value"),
+    _DECAY: (np.multiply, "decay"),
+    _TENURE: (np.add, "age"),
+    _RECENCY: (np.subtract, "age"),
+    _HIGHEST: (np.add, "value"),
+    _LOWEST: (np.subtract, "value"),
+    _DURATION: (np.multiply, "age"),
+    _PLACE: (np.multiply, "place"),
+}
+_SCALE: Final = {_TENURE: 1000.0, _RECENCY: -1000.0, _LOWEST: -1.0, _DURATION: 1000.0}
+_NAN_IF_NONE: Final = (_HAS_VALUE, *_ADDED, _PLACE)
+
+# Arrays, since numpy converts a Python number anew in each call.
+_ONE_MORE: Final = np.array(1)
+_ZERO: Final = np.zeros((), np.float32)
+_HOUR_MS: Final = np.array(3_600_000)
+_DAY_MS: Final = np.array(86_400_000)
+_TRAIT_NUMBER: Final = np.array(events.TRAIT_NUMBER, np.uint16)
+_PLACES: Final = np.arange(BLOCK_EVENTS)
+_NUMBERS: Final = np.arange(1.0, BLOCK_EVENTS + 1)
+# Keys to find repeated attributes by: the attribute in the upper half, then the row, and the place in the lowest bits.
+_PLACE_BITS: Final = np.array(BLOCK_EVENTS.bit_length())
+_PLACE_MASK: Final = np.array((1 << BLOCK_EVENTS.bit_length()) - 1, np.uint64)
+_ATTRIBUTE_MASK: Final = np.array(-1 << 32)
+_FIRST_ATTRIBUTE: Final = np.uint64(1 << 32)
+
+
+class _Slot(NamedTuple):
+    """One statistic of one window: of the events of some kinds, the sum or the largest of a source."""
+
+    source: int
+    kinds: tuple[int, ...]  # places in the catalogue
+    window_ms: int
+    in_session: bool  # events of the current session alone
+    half_life: int = 0
 
 
 @dataclass(frozen=True)
-class Outputs:
-    """Feature columns that are made alike, and the slots, or other columns, that they are made from."""
+class Ratios:
+    """Ratios that are not built on each other."""
 
-    columns: Ints
-    slots: Ints
-    others: Ints  # the denominators of means and ratios
-    scale: Floats  # divides a minimum; the first prior of a ratio
-    absent: Floats  # stands where no event counts; the second prior of a ratio
+    columns: Ints  # [R]
+    operands: Ints  # [2 * R] columns of the numerators, then of the denominators
+    priors: Floats  # [2 * R]
 
 
 @dataclass(frozen=True)
 class Plan:
     """A compiled feature spec. Made by `compile`; immutable and shared by all threads.
 
-    A slot is one statistic of one window: of the events with `counted[kind]` and an age below `window_ms`, the sum
-    (the first `sums` slots) or the minimum (the rest) of the source `source`.
+    Whether a slot counts an event depends on the event's cell alone: its kind, the shortest window that holds it,
+    whether it lacks a value, and whether it is of the current session.
     """
 
     spec: FeatureSpec
-    dense_kind: npt.NDArray[np.uint8]  # [65536] catalogue code -> 0 ... K-1, or K where unknown
-    sums: int
-    used: tuple[int, ...]  # the sources that any slot takes
-    source: Ints  # [S] index into `used`
-    counted: Bools  # [K + 1, S]; the last row, unknown kinds, is False
-    window_ms: Ints  # [S]
-    empty: Floats  # [S] what an event outside the window stands for: 0 or infinity
-    session_slots: Ints  # slots that take events of the current session alone
-    decay_rates: Floats  # [D] -1 / half-life in milliseconds
-    distinct_kinds: tuple[Bools, ...]  # per set of kinds whose attributes are counted: [K + 1]
-    direct: Outputs  # one slot over a scale
-    means: Outputs
-    latest: Outputs
-    ratios: tuple[Outputs, ...]  # by depth: a ratio of ratios comes after them
-    clocks: tuple[tuple[int, str, int], ...]  # column, part, offset in milliseconds
+    windows: npt.NDArray[np.uint64]  # [W] ascending, in milliseconds; the last one is the history
+    group: Ints  # [65536] catalogue code -> 0 ... K-1, one for kinds that no slot tells apart, or W * K where unknown
+    groups: Ints  # K
+    cells: Ints  # W * K; the cell of an event that lacks a value is so many further on
+    session_cells: Ints  # 2 * W * K; the same for an event of the session
+    weights: Floats  # [S, 4 * W * K]
+    sums: int  # how many slots are summed; they come first
+    operations: tuple[tuple[np.ufunc, str, slice], ...]  # how, and with what, weights become what slots take
+    distinct: tuple[tuple[slice, Bools], ...]  # distinct slots of the same kinds, and the cells that they count
+    decay_rates: Floats  # [D, 1] -1 / half-life in milliseconds
+    scale: Floats  # [S - sums, 1] divides the largest
+    means: slice  # slots that hold the number of values, then the mean
+    totals: slice  # slots of the sums of the same values
+    latest: slice  # slots that hold the place of the latest value, then the value
+    has_session: bool
+    session_gap: Ints  # in milliseconds
+    slot_of: Ints  # [F] the slot of a column; S where it has none
+    nothing: npt.NDArray[np.float32]  # [F] a row in which no event counts
+    ratios: tuple[Ratios, ...]  # by depth: a ratio of ratios comes after them
+    clocks: tuple[tuple[int, str, Ints], ...]  # column, part, offset in milliseconds
     trait_ids: npt.NDArray[np.uint32]  # [U] ascending, the traits that T features read
     trait_of: Ints  # [T] index into trait_ids
-    trait_prefix: npt.NDArray[np.uint64]  # [T] the feature's place << 32
-    trait_keys: npt.NDArray[np.uint64]  # [C] ascending: trait_prefix | hash of the category
-    trait_codes: npt.NDArray[np.float32]  # [C]
-    trait_other: npt.NDArray[np.float32]  # [T]
+    trait_keys: npt.NDArray[np.uint64]  # [C] ascending: hash of the category << 32 | trait
+    trait_codes: npt.NDArray[np.float32]  # [T, C + 2] of these, of any other category, and NaN for a number
+    trait_rows: Ints  # [T] 0, 1, 2 ...
     trait_is_text: Bools  # [T]
     trait_columns: Ints  # [T]
     request_columns: Ints  # [R]
@@ -85,7 +139,9 @@ class Plan:
 
     def encode_request(self, context: Mapping[str, object] | None) -> list[float]:
         """The R request features of one context, coded as the spec says; NaN where absent or of the wrong type."""
-        return [encode(feature, (context or {}).get(feature.request)) for feature in self.spec.requests.values()]
+        if not context:
+            return [math.nan] * len(self.request_columns)
+        return [encode(feature, context.get(feature.request)) for feature in self.spec.requests.values()]
 
 
 def encode(feature: Trait | Request, value: object) -> float:
@@ -109,126 +165,115 @@ def text_of(value: str | bool | float) -> str:
     return str(value)
 
 
-class _Builder:
-    """Collects slots and outputs while features are compiled; equal slots are shared."""
-
-    def __init__(self, spec: FeatureSpec) -> None:
-        self.spec = spec
-        self.place = {kind.code: place for place, kind in enumerate(spec.events.values())}
-        self.half_lives = list({kind.half_life: None for kind in spec.features.values() if isinstance(kind, Decay)})
-        self.distinct = list(
-            {self._codes(kind.kinds): None for kind in spec.features.values() if isinstance(kind, Distinct)}
-        )
-        self.slots: dict[tuple[int, tuple[int, ...], int | str | None], int] = {}
-        self.outputs: dict[str, list[tuple[int, int, int, float, float]]] = {}
-
-    def _codes(self, kinds: Sequence[str]) -> tuple[int, ...]:
-        return tuple(sorted({self.place[code] for code in self.spec.codes(kinds)}))
-
-    def _slot(self, source: int, kinds: Sequence[str], window: int | str | None) -> int:
-        return self.slots.setdefault((source, self._codes(kinds), window), len(self.slots))
-
-    def _add(self, group: str, column: int, slot: int, other: int = 0, scale: float = 1, absent: float = 0) -> None:
-        self.outputs.setdefault(group, []).append((column, slot, other, scale, absent))
-
-    def add_sums(self, column: int, feature: object) -> None:
-        """Slots and output of a feature that is a sum over events, or a mean."""
-        if isinstance(feature, Session) and feature.session == "count":
-            self._add("direct", column, self._slot(_ONE, ("any",), "session"))
-        elif isinstance(feature, Aggregate) and feature.operation in ("count", "sum", "decay", "distinct", "mean"):
-            slot = self._slot(self._summed_source(feature), feature.kinds, feature.window)
-            if isinstance(feature, Mean):
-                self._add("means", column, slot, self._slot(_HAS_VALUE, feature.kinds, feature.window))
-            else:
-                self._add("direct", column, slot)
-
-    def _summed_source(self, feature: Aggregate) -> int:
-        if isinstance(feature, Decay):
-            return _FIXED_SOURCES + self.half_lives.index(feature.half_life)
-        if isinstance(feature, Distinct):
-            return _FIXED_SOURCES + len(self.half_lives) + self.distinct.index(self._codes(feature.kinds))
-        return _ONE if feature.operation == "count" else _VALUE
-
-    def add_minima(self, column: int, feature: object) -> None:
-        """Slot and output of a feature that is the minimum of something over events."""
-        if isinstance(feature, Session) and feature.session == "duration":
-            self._add("direct", column, self._slot(_OLDNESS, ("any",), "session"), scale=-1000)
-        elif isinstance(feature, Aggregate) and feature.operation in _MINIMA:
-            source, scale = _MINIMA[feature.operation]
-            slot = self._slot(source, feature.kinds, feature.window)
-            group = "latest" if feature.operation == "latest" else "direct"
-            self._add(group, column, slot, scale=scale, absent=math.nan)
-
-    def add_ratio(self, level: int, column: int, numerator: int, denominator: int, prior: tuple[float, float]) -> None:
-        """Output of a ratio of two other columns."""
-        self._add(f"ratio{level}", column, numerator, denominator, *prior)
-
-    def group(self, name: str) -> Outputs:
-        """The outputs of one group as arrays."""
-        listed = np.array(self.outputs.get(name, []), np.float64).reshape(-1, 5).T
-        column, slot, other = listed[:3].astype(np.int64)
-        return Outputs(column, slot, other, listed[3], listed[4])
-
-
-_MINIMA: Final = {
-    "recency": (_AGE, 1000.0),
-    "tenure": (_OLDNESS, -1000.0),
-    "min": (_LOW, 1.0),
-    "max": (_HIGH, -1.0),
-    "latest": (_PLACE, 1.0),
-}
-
-
 def compile(spec: FeatureSpec) -> Plan:  # noqa: A001 - features.compile(spec) reads as re.compile does
-    """The plan of a spec; costs some hundred microseconds, so make it once."""
-    builder = _Builder(spec)
+    """The plan of a spec; costs about half a millisecond, so make it once."""
     column = {name: place for place, name in enumerate(spec.features)}
-    for add in (builder.add_sums, builder.add_minima):
-        for name, feature in spec.features.items():
-            add(column[name], feature)
-        if add == builder.add_sums:
-            sums = len(builder.slots)
-    levels = _ratio_levels(spec)
-    for name, level in levels.items():
-        feature = spec.features[name]
-        if isinstance(feature, Ratio):
-            builder.add_ratio(level, column[name], column[feature.ratio[0]], column[feature.ratio[1]], feature.prior)
-    kinds = len(builder.place)
-    dense = np.full(65536, kinds, np.uint8)
-    for code, place in builder.place.items():
-        dense[code] = place
-    counted = np.zeros((kinds + 1, len(builder.slots)), np.bool_)
-    for (_, codes, _), slot in builder.slots.items():
-        counted[list(codes), slot] = True
-    used = tuple(sorted({source for source, _, _ in builder.slots}))
-    history = spec.limits.history
-    windows = [window for _, _, window in builder.slots]
+    clocks = {column[name]: feature for name, feature in spec.features.items() if isinstance(feature, Clock)}
     return Plan(
         spec=spec,
-        dense_kind=dense,
-        sums=sums,
-        used=used,
-        source=np.array([used.index(source) for source, _, _ in builder.slots], np.int64),
-        counted=counted,
-        window_ms=np.array(
-            [min(window, history) if isinstance(window, int) else history for window in windows], np.int64
-        ),
-        empty=np.where(np.arange(len(windows)) < sums, 0.0, np.inf),
-        session_slots=np.array([slot for slot, window in enumerate(windows) if window == "session"], np.int64),
-        decay_rates=np.array([-1 / half_life for half_life in builder.half_lives]),
-        distinct_kinds=tuple(np.isin(np.arange(kinds + 1), codes) for codes in builder.distinct),
-        direct=builder.group("direct"),
-        means=builder.group("means"),
-        latest=builder.group("latest"),
-        ratios=tuple(builder.group(f"ratio{level}") for level in range(max(levels.values(), default=-1) + 1)),
-        clocks=tuple(
-            (column[name], feature.clock, feature.offset_ms)
-            for name, feature in spec.features.items()
-            if isinstance(feature, Clock)
-        ),
+        ratios=tuple(_compile_ratios(spec, column)),
+        clocks=tuple((place, feature.clock, np.array(feature.offset_ms)) for place, feature in clocks.items()),
         request_columns=np.array([column[name] for name in spec.requests], np.int64),
+        **_compile_slots(spec),
         **_compile_traits(spec.traits, column),
     )
+
+
+def _compile_slots(spec: FeatureSpec) -> dict[str, Any]:
+    wanted = [_slot(spec, feature) for feature in spec.features.values()]
+    means = [slot for slot in dict.fromkeys(wanted) if slot is not None and slot.source == _HAS_VALUE]
+    totals = [slot._replace(source=_VALUE) for slot in means]  # the first of their source, in the order of the means
+    slots = sorted(dict.fromkeys([*means, *totals, *filter(None, wanted)]), key=_kin)
+    number = {slot: number for number, slot in enumerate(slots)}
+    sources = [slot.source for slot in slots]
+    sums = bisect_right(sources, _DISTINCT)
+    slot_of = np.array([len(slots) if slot is None else number[slot] for slot in wanted])
+    nothing = np.array([*(math.nan if source in _NAN_IF_NONE else 0.0 for source in sources), math.nan])
+    first_total = bisect_left(sources, _VALUE)
+    return {
+        "sums": sums,
+        "decay_rates": np.array([[-1 / slot.half_life] for slot in slots if slot.half_life]).reshape(-1, 1),
+        "scale": np.array([[_SCALE.get(source, 1.0)] for source in sources[sums:]]).reshape(-1, 1),
+        "means": slice(bisect_left(sources, _HAS_VALUE), bisect_right(sources, _HAS_VALUE)),
+        "totals": slice(first_total, first_total + len(means)),
+        "latest": slice(bisect_left(sources, _PLACE), len(slots)),
+        "has_session": any(slot.in_session for slot in slots),
+        "slot_of": slot_of,
+        "nothing": nothing[slot_of].astype(np.float32),
+        **_compile_cells(spec, slots),
+    }
+
+
+def _slot(spec: FeatureSpec, feature: Feature) -> _Slot | None:
+    """What a feature is read from; None where that is no statistic of events."""
+    history, kinds = spec.limits.history, list(spec.events)
+    if isinstance(feature, Session):
+        source = _ONE if feature.session == "count" else _DURATION
+        return _Slot(source, tuple(range(len(kinds))), history, in_session=True)
+    if not isinstance(feature, Aggregate):
+        return None
+    names = kinds if ANY in feature.kinds else feature.kinds
+    return _Slot(
+        source=_SOURCES[feature.operation],
+        kinds=tuple(sorted({kinds.index(name) for name in names})),
+        window_ms=min(feature.window, history) if isinstance(feature.window, int) else history,
+        in_session=feature.window == "session",
+        half_life=feature.half_life if isinstance(feature, Decay) else 0,
+    )
+
+
+def _kin(slot: _Slot) -> tuple[int, tuple[int, ...]]:
+    """The same for slots that are made alike and so stand together."""
+    return slot.source, slot.kinds if slot.source == _DISTINCT else ()
+
+
+def _spans(slots: Sequence[_Slot]) -> Iterator[tuple[int, slice]]:
+    first = 0
+    for (source, _), alike in groupby(slots, key=_kin):
+        end = first + len(list(alike))
+        yield source, slice(first, end)
+        first = end
+
+
+def _compile_cells(spec: FeatureSpec, slots: Sequence[_Slot]) -> dict[str, Any]:
+    counting = [set(slot.kinds) for slot in slots]
+    counted_by = [tuple(place in kinds for kinds in counting) for place in range(len(spec.events))]
+    groups = list(dict.fromkeys(counted_by))  # kinds that the same slots count are one group
+    windows = sorted({spec.limits.history, *(slot.window_ms for slot in slots)})
+    cells = len(windows) * len(groups)
+    group = np.full(65536, cells)
+    for kind, counted in zip(spec.events.values(), counted_by, strict=True):
+        group[kind.code] = groups.index(counted)
+    counts = np.zeros((len(slots), 2, 2, len(windows), len(groups)), np.bool_)
+    for number, slot in enumerate(slots):
+        in_session, lacks_value = slice(slot.in_session, 2), slice(1 if slot.source in _OF_VALUES else 2)
+        in_window = [window <= slot.window_ms for window in windows]
+        counts[number, in_session, lacks_value] = np.outer(in_window, [counted[number] for counted in groups])
+    by_cell = counts.reshape(len(slots), 4 * cells)
+    added = np.array([slot.source in _ADDED for slot in slots], np.bool_)[:, np.newaxis]
+    spans = list(_spans(slots))
+    return {
+        "windows": np.array(windows, np.uint64),
+        "group": group,
+        "groups": np.array(len(groups)),
+        "cells": np.array(cells),
+        "session_cells": np.array(2 * cells),
+        "session_gap": np.array(spec.limits.session_gap),
+        "weights": np.where(added, np.where(by_cell, 0.0, -math.inf), by_cell),
+        "operations": tuple((*_OPERATIONS[source], span) for source, span in spans if source in _OPERATIONS),
+        "distinct": tuple((span, by_cell[span].any(axis=0)) for source, span in spans if source == _DISTINCT),
+    }
+
+
+def _compile_ratios(spec: FeatureSpec, column: Mapping[str, int]) -> Iterator[Ratios]:
+    levels = _ratio_levels(spec)
+    for _, alike in groupby(sorted(levels, key=levels.__getitem__), key=levels.__getitem__):
+        ratios = {name: feature for name in alike if isinstance(feature := spec.features[name], Ratio)}
+        yield Ratios(
+            np.array([column[name] for name in ratios]),
+            np.array([column[feature.ratio[side]] for side in (0, 1) for feature in ratios.values()]),
+            np.array([feature.prior[side] for side in (0, 1) for feature in ratios.values()]),
+        )
 
 
 def _ratio_levels(spec: FeatureSpec) -> dict[str, int]:
@@ -241,28 +286,30 @@ def _ratio_levels(spec: FeatureSpec) -> dict[str, int]:
     return levels
 
 
+@np.errstate(over="ignore")  # a category's number beyond float32 is infinite
 def _compile_traits(traits: Mapping[str, Trait], column: Mapping[str, int]) -> dict[str, Any]:
-    coded = {
-        place << 32 | events.hash32(category): code
-        for place, feature in enumerate(traits.values())
-        for category, code in feature.codes.items()
-    }
-    keys = sorted(coded)
     ids, trait_of = np.unique([events.hash32(feature.trait) for feature in traits.values()], return_inverse=True)
+    coded = [
+        {events.hash32(category) << 32 | events.hash32(feature.trait): code for category, code in feature.codes.items()}
+        for feature in traits.values()
+    ]
+    keys = sorted(set().union(*coded))
+    codes = [
+        [*(own.get(key, feature.other) for key in keys), feature.other, math.nan]
+        for own, feature in zip(coded, traits.values(), strict=True)
+    ]
     return {
         "trait_ids": ids.astype(np.uint32),
         "trait_of": trait_of,
-        "trait_prefix": np.arange(len(traits), dtype=np.uint64) << np.uint64(32),
+        "trait_rows": np.arange(len(traits)),
         "trait_keys": np.array(keys, np.uint64),
-        "trait_codes": np.array([coded[key] for key in keys], np.float32),
-        "trait_other": np.array([feature.other for feature in traits.values()], np.float32),
+        "trait_codes": np.array(codes, np.float32).reshape(len(traits), len(keys) + 2),
         "trait_is_text": np.array([feature.categories is not None for feature in traits.values()], np.bool_),
         "trait_columns": np.array([column[name] for name in traits], np.int64),
     }
 
 
-@dataclass(frozen=True)
-class Evaluated:
+class Evaluated(NamedTuple):
     """Features of n rows, and what they were computed from."""
 
     matrix: npt.NDArray[np.float32]  # [n, F]
@@ -291,6 +338,7 @@ def matrix(
     return evaluate(plan, records, starts, now_ms, traits, trait_starts, request).matrix
 
 
+@np.errstate(all="ignore")  # 0 / 0 is NaN and a sum beyond float32 infinite, as documented
 def evaluate(
     plan: Plan,
     records: Records,
@@ -302,27 +350,24 @@ def evaluate(
 ) -> Evaluated:
     """What `matrix` gives, and from how many events of what age; the same arguments."""
     rows = len(now_ms)
-    made = Evaluated(
-        np.full((rows, plan.width), np.nan, np.float32), np.zeros(rows, np.int64), np.full(rows, -1, np.int64), 0
-    )
-    broken = 0
-    with np.errstate(all="ignore"):  # 0 / 0 is NaN and a sum beyond float32 infinite, as documented
-        for first, end in _blocks(starts, rows):
-            block = select(plan, records[starts[first] : starts[end]], starts[first : end + 1], now_ms[first:end])
-            _fill(plan, made.matrix[first:end], block)
-            made.events[first:end] = block.counts
-            occupied = block.counts.nonzero()[0]
-            made.last_age_ms[first + occupied] = block.age_ms[(block.starts + block.counts - 1)[occupied]]
-            broken += block.broken
-        for column, part, offset_ms in plan.clocks:
-            made.matrix[:, column] = _clock(part, now_ms + offset_ms)
-        if traits is not None and trait_starts is not None and len(plan.trait_columns):
-            made.matrix[:, plan.trait_columns] = _trait_values(plan, traits, trait_starts, now_ms)
-        if request is not None and len(plan.request_columns):
-            made.matrix[:, plan.request_columns] = request
-        np.add(made.matrix, np.float32(0), out=made.matrix)  # -0.0 becomes 0.0: which came first must not show
-    fill_ratios(plan, made.matrix)
-    return replace(made, broken=broken) if broken else made
+    out = np.empty((rows, plan.width), np.float32)
+    counts, last_age_ms, broken = np.empty(rows, np.int64), np.empty(rows, np.int64), 0
+    last_age_ms.fill(-1)
+    for first, end in _blocks(starts, rows):
+        block = select(plan, records[starts[first] : starts[end]], starts[first : end + 1], now_ms[first:end])
+        _fill(plan, out[first:end], block)
+        counts[first:end] = block.counts
+        last_age_ms[first:end][block.occupied] = block.age_ms[block.last]
+        broken += block.broken
+    for column, part, offset_ms in plan.clocks:
+        out[:, column] = _clock(part, now_ms + offset_ms)
+    if traits is not None and trait_starts is not None and len(traits) and len(plan.trait_columns):
+        out[:, plan.trait_columns] = _trait_values(plan, traits, trait_starts, now_ms)
+    if request is not None and len(plan.request_columns):
+        out[:, plan.request_columns] = request
+    out += _ZERO  # -0.0 becomes 0.0: which came first must not show
+    _divide(plan, out, ())
+    return Evaluated(out, counts, last_age_ms, broken)
 
 
 def _blocks(starts: Ints, rows: int) -> Iterator[tuple[int, int]]:
@@ -330,218 +375,222 @@ def _blocks(starts: Ints, rows: int) -> Iterator[tuple[int, int]]:
     first = 0
     while first < rows:
         end = rows
-        if starts[rows] - starts[first] > BLOCK_EVENTS or rows - first > BLOCK_EVENTS:
+        if rows - first > BLOCK_EVENTS or starts[rows] - starts[first] > BLOCK_EVENTS:
             end = int(np.searchsorted(starts, starts[first] + BLOCK_EVENTS, "right")) - 1
             end = min(max(end, first + 1), rows, first + BLOCK_EVENTS)
         yield first, end
         first = end
 
 
-@dataclass(frozen=True)
-class _Block:
+class _Block(NamedTuple):
     """The events of a block of rows that count: known, in history, sorted, unique, at most `limits.records` a row."""
 
-    records: Records
+    records: Records  # [E]
     row: Ints  # [E]
-    starts: Ints  # [n]
-    counts: Ints  # [n]
     age_ms: Ints  # [E]
-    kind: npt.NDArray[np.uint8]  # [E] dense
+    cell: Ints  # [E] by window and kind alone
+    counts: Ints  # [n]
+    occupied: Ints | slice  # the rows that have events
+    heads: Ints  # [occupied] place of the first event
+    last: Ints  # [occupied] place of the last event
     broken: int
 
 
 def select(plan: Plan, records: Records, starts: Ints, now_ms: Ints) -> _Block:
     """The events that count at `now_ms`, in canonical order (ts, kind, id), each once; the latest up to the limit."""
-    counts, ends = starts[1:] - starts[:-1], starts[1:] - starts[0]
-    row = np.repeat(np.arange(len(counts)), counts)
-    age = now_ms[row] - records["ts_ms"]
-    kind = plan.dense_kind[records["kind"]]
-    keep = events.valid(records)
-    broken = len(keep) - int(np.count_nonzero(keep))
+    records, broken = np.ascontiguousarray(records), 0
+    counts, ends = starts[1:] - starts[:-1], starts[1:] - starts[:1]
+    row = _PLACES[: len(counts)].repeat(counts)
+    age = now_ms.repeat(counts) - records["ts_ms"]
     # As unsigned numbers negative ages, of events to come, are beyond any history.
-    keep &= age.view(np.uint64) < plan.spec.limits.history
-    keep &= kind < len(plan.counted) - 1
+    cell = plan.windows.searchsorted(age.view(np.uint64), "right")
+    cell *= plan.groups
+    cell += plan.group.take(records["kind"])
+    sound = events.valid(records)
+    keep = cell < plan.cells
+    keep &= sound
     if np.count_nonzero(keep) < len(keep):
-        records, row, age, kind = records[keep], row[keep], age[keep], kind[keep]
+        broken = len(sound) - int(np.count_nonzero(sound))
+        records, row, age, cell = records[keep], row[keep], age[keep], cell[keep]
         counts = np.bincount(row, minlength=len(counts))
         ends = counts.cumsum()
-    if not _in_order(records, row):
+    if not _in_order(records, row, age):
         order = events.canonical_order(records, row)
-        records, row = records[order], row[order]
-        order = order[events.first_of_each(records, row)]
-        keep = events.first_of_each(records, row)
-        records, row = records[keep], row[keep]
-        age, kind = age[order], kind[order]
+        order = order[events.first_of_each(records[order], row[order])]
+        records, row, age, cell = records[order], row[order], age[order], cell[order]
         counts = np.bincount(row, minlength=len(counts))
         ends = counts.cumsum()
     limit = plan.spec.limits.records
     if len(records) > limit and counts.max() > limit:
         keep = np.arange(len(records)) >= (ends - limit)[row]
-        records, row, age, kind = records[keep], row[keep], age[keep], kind[keep]
+        records, row, age, cell = records[keep], row[keep], age[keep], cell[keep]
         counts = np.minimum(counts, limit)
         ends = counts.cumsum()
-    return _Block(records, row, ends - counts, counts, age, kind, broken)
+    occupied: Ints | slice = slice(None)
+    if np.count_nonzero(counts) < len(counts):
+        occupied = counts.nonzero()[0]
+        ends = ends[occupied]
+    return _Block(records, row, age, cell, counts, occupied, ends - counts[occupied], ends - _ONE_MORE, broken)
 
 
-def _in_order(records: Records, row: Ints) -> bool:
+def _in_order(records: Records, row: Ints, age: Ints) -> bool:
     """Whether records are in canonical order within each row, and unique."""
-    ts = records["ts_ms"]
-    behind = ts[1:] <= ts[:-1]
+    behind = age[1:] >= age[:-1]
     behind &= row[1:] == row[:-1]
     if not np.count_nonzero(behind):
         return True
-    places = np.flatnonzero(behind)
+    places = behind.nonzero()[0]
     before, after = records[places], records[places + 1]
     key = [part["kind"].astype(np.uint64) << np.uint64(32) | part["id"] for part in (before, after)]
     return bool(((before["ts_ms"] == after["ts_ms"]) & (key[0] < key[1])).all())
 
 
 def _fill(plan: Plan, out: npt.NDArray[np.float32], block: _Block) -> None:
-    if not len(plan.source):
-        return
-    slots = np.empty((len(out), len(plan.source)))
-    slots[:] = plan.empty
-    if len(block.records):
-        weights = np.where(_mask(plan, block), _sources(plan, block)[:, plan.source], plan.empty)
-        occupied = block.counts > 0
-        heads = block.starts[occupied]
-        slots[occupied, : plan.sums] = np.add.reduceat(weights[:, : plan.sums], heads, axis=0)
-        slots[occupied, plan.sums :] = np.minimum.reduceat(weights[:, plan.sums :], heads, axis=0)
-    _write(plan, out, slots, block)
+    """Write the columns of float32[n, F] that are made from events; the others become NaN."""
+    if len(block.heads) < len(out):
+        out[:] = plan.nothing
+    if len(block.heads):
+        out[block.occupied] = _statistics(plan, block).take(plan.slot_of, axis=0).T
 
 
-def _mask(plan: Plan, block: _Block) -> Bools:
-    """bool[E, S]: which events count in which slot."""
-    mask = plan.counted[block.kind]
-    mask &= block.age_ms[:, None] < plan.window_ms
-    if len(plan.session_slots):
-        mask[:, plan.session_slots] &= _in_session(plan, block)[:, None]
-    return mask
+def _statistics(plan: Plan, block: _Block) -> Floats:
+    """float64[S + 1, occupied]: the slots of each row that has events, and a line of NaN."""
+    value, cell = _values(plan, block)
+    weights = plan.weights.take(cell, axis=1)
+    _take(plan, block, weights, value[1:])
+    for slots, counted in plan.distinct:
+        _drop_repeats(block, weights[slots], counted[cell])
+    made = np.empty((len(weights) + 1, len(block.heads)))
+    made[-1] = math.nan
+    largest = made[plan.sums : -1]
+    np.add.reduceat(weights[: plan.sums], block.heads, 1, None, made[: plan.sums])
+    np.maximum.reduceat(weights[plan.sums :], block.heads, 1, None, largest)
+    largest[np.isinf(largest)] = math.nan
+    largest /= plan.scale
+    made[plan.means] = made[plan.totals] / made[plan.means]
+    made[plan.latest] = value[made[plan.latest].astype(np.int64)]
+    return made
 
 
-def _sources(plan: Plan, block: _Block) -> Floats:
-    """float64[E, sources]: what of each event is summed or minimised, in the order of `plan.used`."""
-    value, age = block.records["value"], block.age_ms
-    known = np.isfinite(value)
-    sources = np.empty((len(value), len(plan.used)))
-    for column, source in enumerate(plan.used):
-        if source == _ONE:
-            sources[:, column] = 1.0
-        elif source == _VALUE:
-            sources[:, column] = np.where(known, value, np.float32(0))
-        elif source == _HAS_VALUE:
-            sources[:, column] = known
-        elif source == _AGE:
-            sources[:, column] = age
-        elif source == _OLDNESS:
-            np.negative(age, out=sources[:, column])
-        elif source == _LOW:
-            sources[:, column] = np.where(known, value, np.float32(np.inf))
-        elif source == _HIGH:
-            sources[:, column] = np.where(known, -value, np.float32(np.inf))
-        elif source == _PLACE:
-            sources[:, column] = np.where(known, -np.arange(len(value)), np.inf)
-        elif source < _FIXED_SOURCES + len(plan.decay_rates):
-            np.exp2(age * plan.decay_rates[source - _FIXED_SOURCES], out=sources[:, column])
-        else:
-            kinds = plan.distinct_kinds[source - _FIXED_SOURCES - len(plan.decay_rates)]
-            sources[:, column] = _last_of_attribute(block, kinds)
-    return sources
-
-
-def _write(plan: Plan, out: npt.NDArray[np.float32], slots: Floats, block: _Block) -> None:
-    """Feature columns from slots [n, S]."""
-    direct = slots[:, plan.direct.slots]
-    np.divide(direct, plan.direct.scale, out=direct)
-    if plan.sums < len(plan.source):
-        np.copyto(direct, plan.direct.absent, where=np.isinf(direct))
-    out[:, plan.direct.columns] = direct
-    if len(plan.means.columns):
-        out[:, plan.means.columns] = slots[:, plan.means.slots] / slots[:, plan.means.others]
-    if len(plan.latest.columns) and len(block.records):
-        least = slots[:, plan.latest.slots]
-        nothing = np.isinf(least)
-        values = block.records["value"][np.where(nothing, 0, -least).astype(np.int64)]
-        out[:, plan.latest.columns] = np.where(nothing, np.nan, values)
-
-
-def _last_of_attribute(block: _Block, kinds: Bools) -> Bools:
-    """bool[E]: the row's last event with this attribute. Whenever a window holds the attribute it holds that event."""
-    chosen = (kinds[block.kind] & (block.records["attribute"] != 0)).nonzero()[0]
-    flags = np.zeros(len(block.kind), np.bool_)
-    if len(chosen):
-        key = block.row[chosen] << 32 | block.records["attribute"][chosen]
-        order = np.argsort(key)
-        ordered = key[order]
-        first = np.ones(len(ordered), np.bool_)
-        np.not_equal(ordered[1:], ordered[:-1], out=first[1:])
-        flags[chosen[np.maximum.reduceat(order, first.nonzero()[0])]] = True
-    return flags
+def _values(plan: Plan, block: _Block) -> tuple[Floats, Ints]:
+    """float64[E + 1]: NaN, and the values of the events, 0 for an absent one; int64[E]: their cells in full."""
+    raw, cell = block.records["value"], block.cell
+    value = np.empty(len(raw) + 1)
+    value[0], value[1:] = math.nan, raw
+    known = np.isfinite(raw)
+    if np.count_nonzero(known) < len(known):
+        lacking = ~known
+        value[1:][lacking] = 0.0
+        cell = cell + lacking * plan.cells
+    if plan.has_session and np.count_nonzero(block.age_ms[block.last] < plan.session_gap):
+        cell = cell + _in_session(plan, block) * plan.session_cells
+    return value, cell
 
 
 def _in_session(plan: Plan, block: _Block) -> Bools:
     """bool[E]: whether no gap of `session_gap` or more lies between the event and `now`."""
-    gap = plan.spec.limits.session_gap
-    until_next = block.age_ms.copy()
-    until_next[:-1] -= block.age_ms[1:] * (block.row[1:] == block.row[:-1])
-    last_break = np.full(len(block.counts), -1)
-    breaks = (until_next >= gap).nonzero()[0]
-    last_break[block.row[breaks]] = breaks  # ascending, so the last one of a row stays
-    return np.asarray(np.arange(len(block.row)) > last_break[block.row])
+    age, ends = block.age_ms, block.last + _ONE_MORE
+    before = np.empty(len(age) + 1, np.int64)  # how long nothing happened before an event, or before now
+    before[0] = plan.session_gap
+    np.subtract(age[:-1], age[1:], before[1:-1])
+    before[ends] = age[block.last]
+    begins = (before >= plan.session_gap).nonzero()[0]
+    begin = begins[begins.searchsorted(ends, "right") - _ONE_MORE]
+    in_session: Bools = _PLACES[: len(age)] >= begin.repeat(block.counts[block.occupied])
+    return in_session
 
 
-def _clock(part: str, local_ms: Ints) -> Floats:
-    days = local_ms // _DAY_MS
+def _take(plan: Plan, block: _Block, weights: Floats, value: Floats) -> None:
+    """Turn the weights of events, float64[S, E], into what the slots take of them, in place."""
+    age = block.age_ms.astype(np.float64)
+    operands = {"value": value, "age": age, "place": _NUMBERS[: len(age)]}
+    if len(plan.decay_rates):
+        operands["decay"] = np.exp2(plan.decay_rates * age)
+    for combine, operand, slots in plan.operations:
+        taken = weights[slots]
+        combine(taken, operands[operand], taken)
+
+
+def _drop_repeats(block: _Block, weights: Floats, counted: Bools) -> None:
+    """Leave only a row's last event of an attribute: whenever a window holds the attribute it holds that event."""
+    places = counted.nonzero()[0]
+    if not len(places):
+        return
+    key = events.words(block.records)[:, 1][places] & _ATTRIBUTE_MASK
+    key |= block.row[places] << _PLACE_BITS
+    key |= places
+    key = key.view(np.uint64)
+    key.sort()
+    again = key[:-1][(key[1:] ^ key[:-1]) <= _PLACE_MASK]
+    weights[:, again & _PLACE_MASK] = 0.0
+    if key[0] < _FIRST_ATTRIBUTE:  # an event without an attribute
+        weights[:, key[: key.searchsorted(_FIRST_ATTRIBUTE)] & _PLACE_MASK] = 0.0
+
+
+def _clock(part: str, local_ms: Ints) -> Ints:
     if part == "hour":
-        return (local_ms % _DAY_MS // 3_600_000).astype(np.float64)
+        return np.asarray(local_ms // _HOUR_MS % 24)
+    days = local_ms // _DAY_MS
     if part == "weekday":
-        return ((days + 3) % 7).astype(np.float64)
+        return np.asarray((days + 3) % 7)
+    dates = days.astype("datetime64[D]")
+    months = dates.astype("datetime64[M]")
     if part == "day":
-        dates = days.astype("datetime64[D]")
-        return np.asarray((dates - dates.astype("datetime64[M]")).astype(np.int64) + 1, np.float64)
-    months = days.astype("datetime64[D]").astype("datetime64[M]").astype(np.int64)
-    return (months % 12 + 1).astype(np.float64)
+        return np.asarray((dates - months).astype(np.int64) + 1)
+    return np.asarray(months.astype(np.int64) % 12 + 1)
 
 
 def _trait_values(plan: Plan, traits: Records, starts: Ints, now_ms: Ints) -> npt.NDArray[np.float32]:
     """float32[n, T]: the latest known value of each trait at `now_ms`, coded; NaN without one."""
-    rows = len(now_ms)
-    row = np.repeat(np.arange(rows), starts[1:] - starts[:-1])
-    place = np.searchsorted(plan.trait_ids, traits["id"])
-    np.minimum(place, len(plan.trait_ids) - 1, out=place)
-    keep = events.valid(traits)
-    keep &= traits["kind"] >= events.TRAIT_NUMBER
-    keep &= traits["ts_ms"] <= now_ms[row]
-    keep &= plan.trait_ids[place] == traits["id"]
+    counts, rows = starts[1:] - starts[:-1], len(now_ms)
+    row = np.arange(rows).repeat(counts)
+    ids = traits["id"]
+    place = plan.trait_ids.searchsorted(ids)
+    keep = plan.trait_ids.take(place, mode="clip") == ids
+    keep &= traits["kind"] >= _TRAIT_NUMBER
+    keep &= traits["ts_ms"] <= now_ms.repeat(counts)
+    keep &= events.valid(traits)
     if np.count_nonzero(keep) < len(keep):
         traits, row, place = traits[keep], row[keep], place[keep]
-    if not _in_order(traits, row):
+        if not len(traits):
+            return np.full((rows, len(plan.trait_of)), np.nan, np.float32)
+    latest = np.empty((rows, len(plan.trait_ids)), np.int64)
+    latest.fill(-1)
+    latest[row, place] = np.arange(len(traits))
+    if np.count_nonzero(latest + _ONE_MORE) < len(traits):  # several records of one trait
         order = events.canonical_order(traits, row)
         order = order[events.first_of_each(traits[order], row[order])]
         traits, row, place = traits[order], row[order], place[order]
-    if not len(traits):
-        return np.full((rows, len(plan.trait_columns)), np.nan, np.float32)
-    latest = np.full((rows, len(plan.trait_ids)), -1)
-    latest[row, place] = np.arange(len(traits))  # of several the last one stays
-    latest = latest[:, plan.trait_of]
-    chosen = traits[latest]
-    known = latest >= 0
-    value = np.where(known & np.isfinite(chosen["value"]), chosen["value"], np.float32(np.nan))
-    if not len(plan.trait_keys):
-        return value
-    key = plan.trait_prefix | chosen["attribute"]
-    at = np.minimum(np.searchsorted(plan.trait_keys, key), len(plan.trait_keys) - 1)
-    codes = np.where(plan.trait_keys[at] == key, plan.trait_codes[at], plan.trait_other)
-    codes = np.where(known & (chosen["kind"] == events.TRAIT_TEXT), codes, np.float32(np.nan))
-    return np.where(plan.trait_is_text, codes, value)
+        latest[row, place] = np.arange(len(traits))  # of several the last one stays
+    latest = latest.take(plan.trait_of, axis=1)
+    return _trait_features(plan, traits[latest], latest < 0)
 
 
+def _trait_features(plan: Plan, chosen: Records, absent: Bools) -> npt.NDArray[np.float32]:
+    """float32[n, T] of the records [n, T] that the features are read from."""
+    made: npt.NDArray[np.float32] = chosen["value"]
+    made[~np.isfinite(made)] = math.nan
+    if len(plan.trait_keys):
+        key = events.words(chosen)[..., 1].view(np.uint64)
+        place = plan.trait_keys.searchsorted(key)
+        place[plan.trait_keys.take(place, mode="clip") != key] = -2
+        place[chosen["kind"] == _TRAIT_NUMBER] = -1
+        made = np.where(plan.trait_is_text, plan.trait_codes[plan.trait_rows, place], made)
+    made[absent] = math.nan
+    return made
+
+
+@np.errstate(all="ignore")
 def fill_ratios(plan: Plan, out: npt.NDArray[np.float32], fixed: Sequence[int] = ()) -> None:
     """Compute the ratio columns of float32[n, F] from the others, in place; the columns `fixed` stay as they are."""
+    _divide(plan, out, fixed)
+
+
+def _divide(plan: Plan, out: npt.NDArray[np.float32], fixed: Sequence[int]) -> None:
     kept = out[:, fixed] if len(fixed) else None
-    with np.errstate(all="ignore"):
-        for ratio in plan.ratios:
-            above = out[:, ratio.slots].astype(np.float64) + ratio.scale
-            out[:, ratio.columns] = above / (out[:, ratio.others].astype(np.float64) + ratio.absent)
-            if kept is not None:
-                out[:, fixed] = kept
+    for ratio in plan.ratios:
+        numbers = out.take(ratio.operands, axis=1) + ratio.priors  # in float64, as the priors are
+        above, below = numbers[:, : len(ratio.columns)], numbers[:, len(ratio.columns) :]
+        out[:, ratio.columns] = above / below
+        if kept is not None:
+            out[:, fixed] = kept

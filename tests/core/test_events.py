@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import random
 import struct
@@ -117,6 +118,16 @@ def test_a_torn_tail_is_left_out() -> None:
     for cut in range(24):
         assert len(events.from_bytes(whole[: 24 + cut])) == 1
         assert events.valid(events.from_bytes(whole[: 24 + cut])).all()
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.lists(st.binary(max_size=80), max_size=5))
+def test_joined_blobs_are_the_whole_records_of_each_one_after_another(blobs: list[bytes]) -> None:
+    joined, starts = events.join(blobs)
+    assert starts.dtype == np.int64
+    parts = [joined[first:end].tobytes() for first, end in itertools.pairwise(starts)]
+    assert parts == [blob[: len(blob) // 24 * 24] for blob in blobs]
+    assert len(joined) == starts[-1]
 
 
 def test_misaligned_bytes_are_read_but_no_record_of_them_is_believed() -> None:

@@ -227,6 +227,21 @@ def test_sums_of_any_values_are_as_exact_as_float64_adds(rows: list[tuple[int, f
     np.testing.assert_allclose(found[:2], right[:2], rtol=1e-6, atol=1e-12 * size, equal_nan=True)
 
 
+@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 10, 127, 130, 1000, 2048])
+def test_sums_are_added_pairwise_over_the_row_in_canonical_order(length: int) -> None:
+    spec = of_kind_a({"all": {"sum": "a"}, "late": {"sum": "a", "window": "1s"}, "mean": {"mean": "a"}})
+    rng = np.random.default_rng(length)
+    large = rng.normal(0, 2**40, length // 2)  # they cancel, so that the last bits of what they add to are seen
+    values = rng.permutation([*large, *-large, *rng.normal(0, 1, length % 2)]).astype(np.float32)
+    ages = 3 * np.arange(length)[::-1]
+    packed = events.records(NOW_MS - ages, np.ones(length), np.arange(length), np.zeros(length), values)
+    total, late = (
+        np.add.reduceat(np.where(ages < window, values.astype(np.float64), 0.0), [0])[0] for window in (10**9, 1000)
+    )
+    found = one(spec, rng.permutation(packed).tobytes())
+    assert found == [np.float32(number) for number in (total, late, total / length)]
+
+
 def of_kind_a(of: Mapping[str, Any], **sections: Any) -> FeatureSpec:
     """A spec over two kinds: `a` of code 1 and `b` of code 2."""
     catalogue = {"a": {"code": 1, "event": "A"}, "b": {"code": 2, "event": "B"}}
