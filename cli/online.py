@@ -15,13 +15,13 @@ from typing import Annotated, Any
 import typer
 
 from cli.offline import Events, MaxBadRows, MemoryLimit, MoreEvents, Spec, need
-from cli.progress import console, stages
+from cli.progress import Report, console, stages
 from service.core.errors import PropensityError
 
 
 def register(app: typer.Typer) -> None:
     """Add the online commands."""
-    for command in (serve, replay, score, models):
+    for command in (serve, replay, score, models, compact):
         app.command()(command)
 
 
@@ -89,6 +89,30 @@ def score(
 def models(url: Annotated[str, typer.Option(help="Where the service runs.")] = "http://127.0.0.1:8000") -> None:
     """List the models that the running service has loaded."""
     print(json.dumps(_ask(f"{url}/v1/models"), indent=2))
+
+
+def compact() -> None:
+    """Store visitors anew in as little memory as they need, now. The service does so by itself, slowly."""
+    from service import settings
+    from service.app import open_store
+    from service.scoring import unix_ms
+    from service.workers import compaction
+
+    async def run(report: Report) -> tuple[int, int, int]:
+        given = settings.load()
+        async with open_store(given.model_copy(update={"redis_timeout_ms": 10_000}), 0) as store:
+            before, total = await store.used_bytes(), max(1, await store.count_keys())
+            looked_at = stored_anew = 0
+            async for page in compaction.pages(store, 500, 0, unix_ms):
+                looked_at, stored_anew = looked_at + page.looked_at, stored_anew + page.stored_anew
+                report("Compacting visitors", looked_at / total)
+            return stored_anew, before, await store.used_bytes()
+
+    with stages() as report:
+        visitors, before, after = asyncio.run(run(report))
+    console.print(
+        f"{visitors:,} visitors stored anew; memory used: {before / 1e6:,.1f} MB before, {after / 1e6:,.1f} MB now."
+    )
 
 
 def _pair(text: str) -> tuple[str, str | float]:

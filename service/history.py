@@ -118,5 +118,5 @@ def fresh_bytes(key: str, size: int) -> int:
 
 def _allocated(size: int) -> int:
     """What jemalloc gives for `size` bytes: multiples of 16, beyond 128 bytes four sizes to each doubling."""
-    step = max(16, 1 << ((size - 1).bit_length() - 3))
+    step = max(16, 1 << (size - 1).bit_length() >> 3)
     return -(-size // step) * step

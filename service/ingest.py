@@ -39,7 +39,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import Any, Final, NamedTuple
+
+import msgspec
 
 from service.core import events, features
 from service.core.errors import PropensityError
@@ -48,6 +51,8 @@ from service.core.spec import EventKind, FeatureSpec
 LONGEST_ID: Final = 256
 FUTURE_MS: Final = 24 * 3_600_000
 PAGE_VIEWED: Final = "Page Viewed"
+# Hashes of attributes and traits are remembered, since they come again and again; longer texts hardly do.
+_LONGEST_REMEMBERED: Final = 64
 
 _TYPES: Final = ("track", "page", "identify", "screen", "group", "alias")
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
@@ -62,28 +67,29 @@ class CatalogueConflict(PropensityError):
     """Two specs that cannot be served together, since a record means one thing in the one and another in the other."""
 
 
-@dataclass(frozen=True, slots=True)
-class Accepted:
-    """An event that leaves records; either part may be empty."""
+class Accepted(msgspec.Struct, frozen=True):
+    """An event that leaves records; either part may be empty. The message is for who could not keep all of them."""
 
     visitor_id: str
     events: bytes
     traits: bytes
+    message: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Ignored:
+class Ignored(msgspec.Struct, frozen=True):
     """A sound event of which nothing is kept; the message says why."""
 
     message: str
 
 
-@dataclass(frozen=True, slots=True)
-class Refused:
+class Refused(msgspec.Struct, frozen=True):
     """An event that cannot be understood: a reason out of a fixed set, and what to write instead."""
 
     reason: str
     message: str
+
+
+_NOT_KEPT: Final = Ignored("the event is not in the catalogue of any model, and carries no trait that one reads")
 
 
 class KeptTrait(NamedTuple):
@@ -141,43 +147,42 @@ def parse(catalogue: Catalogue, event: object, received_ms: int) -> Accepted | I
 
 
 def _parse(catalogue: Catalogue, event: object, received_ms: int) -> Accepted | Ignored:
-    if not isinstance(event, Mapping):
+    if not isinstance(event, dict):
         raise _Refusal("shape", "an event is a JSON object")
-    properties, traits, context = (_object(event, name) for name in ("properties", "traits", "context"))
+    properties, traits, context = _object(event, "properties"), _object(event, "traits"), _object(event, "context")
     visitor_id = _visitor_id(event)
     ts_ms = _timestamp_ms(event.get("timestamp"), received_ms)
     kind = _kind(catalogue, event)
     record = b"" if kind is None else _event_record(kind, event, properties, ts_ms)
-    trait_records = b"".join(_trait_records(catalogue, traits, context, ts_ms))
-    if not record and not trait_records:
-        return Ignored("the event is not in the catalogue of any model, and carries no trait that one reads")
-    return Accepted(visitor_id, record, trait_records)
+    trait_records = b"".join([*_trait_records(catalogue, traits, context, ts_ms)])
+    return Accepted(visitor_id, record, trait_records) if record or trait_records else _NOT_KEPT
 
 
 def _object(event: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     value = event.get(name)
     if value is None:
         return {}
-    if not isinstance(value, Mapping):
+    if not isinstance(value, dict):
         raise _Refusal("shape", f"{name} must be an object")
     return value
 
 
 def visitor_ids(event: object) -> list[str]:
     """The ids that an event names, `userId` first."""
-    if not isinstance(event, Mapping):
+    if not isinstance(event, dict):
         return []
     found = (event.get("userId"), event.get("anonymousId"))
     return [text for value in found if not isinstance(value, bool) and (text := text_of(value)) is not None]
 
 
 def _visitor_id(event: Mapping[str, Any]) -> str:
-    found = visitor_ids(event)
-    if not found:
+    user = event.get("userId")
+    visitor_id = user if type(user) is str and user else next(iter(visitor_ids(event)), None)
+    if visitor_id is None:
         raise _Refusal("visitor", "give userId or anonymousId, as a string that is not empty")
-    if len(found[0]) > LONGEST_ID:
-        raise _Refusal("visitor", f"an id has at most {LONGEST_ID} characters, this one {len(found[0])}")
-    return found[0]
+    if len(visitor_id) > LONGEST_ID:
+        raise _Refusal("visitor", f"an id has at most {LONGEST_ID} characters, this one {len(visitor_id)}")
+    return visitor_id
 
 
 def _timestamp_ms(value: object, received_ms: int) -> int:
@@ -190,12 +195,12 @@ def _timestamp_ms(value: object, received_ms: int) -> int:
 
 
 def _milliseconds(value: object) -> int | None:
-    if isinstance(value, str) and _ISO_8601(value.strip()):
+    if isinstance(value, str) and _ISO_8601(text := value.strip()):
         try:
-            moment = datetime.fromisoformat(value.strip())
+            moment = datetime.fromisoformat(text)
         except ValueError:
             return None
-        return (moment.replace(tzinfo=moment.tzinfo or UTC) - _EPOCH) // _MILLISECOND
+        return ((moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - _EPOCH) // _MILLISECOND
     number = number_of(value)
     if math.isnan(number):
         return None
@@ -220,7 +225,8 @@ def _kind(catalogue: Catalogue, event: Mapping[str, Any]) -> EventKind | None:
 def _event_record(kind: EventKind, event: Mapping[str, Any], properties: Mapping[str, Any], ts_ms: int) -> bytes:
     value = number_of(properties.get(kind.value)) if kind.value is not None else math.nan
     attribute = _hash_of(properties.get(kind.attribute)) if kind.attribute is not None else 0
-    identifier = _hash_of(event.get("messageId")) or events.content_id(attribute, value)
+    message_id = text_of(event.get("messageId"))
+    identifier = events.content_id(attribute, value) if message_id is None else events.hash32(message_id)
     return events.pack(ts_ms, kind.code, identifier, attribute, value)
 
 
@@ -229,8 +235,8 @@ def _trait_records(
 ) -> Iterator[bytes]:
     for name, (identifier, is_text) in catalogue.traits.items():
         value = traits.get(name)
-        if value is None:
-            value = context.get(name)
+        if value is None and (value := context.get(name)) is None:
+            continue
         number = float(value) if isinstance(value, bool) else number_of(value)
         if is_text and (attribute := _hash_of(value)):
             yield events.pack(ts_ms, events.TRAIT_TEXT, identifier, attribute, number)
@@ -240,11 +246,18 @@ def _trait_records(
 
 def _hash_of(value: object) -> int:
     text = text_of(value)
-    return 0 if text is None else events.hash32(text)
+    if text is None:
+        return 0
+    return _remembered(text) if len(text) <= _LONGEST_REMEMBERED else events.hash32(text)
+
+
+_remembered: Final = lru_cache(maxsize=4096)(events.hash32)
 
 
 def text_of(value: object) -> str | None:
     """Text of a JSON value, as the rules above define it; None where it has none."""
+    if type(value) is str:  # nearly all
+        return value or None
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return features.text_of(value) or None if isinstance(value, str | bool | int | float) else None

@@ -19,7 +19,7 @@ import hashlib
 import json
 import re
 import ssl
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,17 +50,19 @@ _PAGE: Final = 500
 _plain: Final = re.compile(r"[A-Za-z0-9_.~-]+").fullmatch
 
 # For each key, three arguments: puts the third in place of the first so many bytes if their SHA-1 is the second; what
-# was appended since stays. All keys or none; what becomes empty goes. Returns the memory that the first key takes then.
+# was appended since stays. All keys or none; what becomes empty goes. Returns the memory that the first key takes then,
+# and the length of its value.
 _REPLACE_HEADS: Final = """
 for place, key in ipairs(KEYS) do
   local head = redis.call('GETRANGE', key, 0, ARGV[3 * place - 2] - 1)
-  if redis.sha1hex(head) ~= ARGV[3 * place - 1] then return 0 end
+  if redis.sha1hex(head) ~= ARGV[3 * place - 1] then return {} end
 end
 for place, key in ipairs(KEYS) do
   local value = ARGV[3 * place] .. redis.call('GETRANGE', key, ARGV[3 * place - 2], -1)
   if value == '' then redis.call('DEL', key) else redis.call('SET', key, value, 'KEEPTTL') end
 end
-return redis.call('MEMORY', 'USAGE', KEYS[1]) or 1
+local taken = redis.pcall('MEMORY', 'USAGE', KEYS[1])
+return {type(taken) == 'number' and taken or 0, redis.call('STRLEN', KEYS[1])}
 """
 
 # Adds to each key what it is given, and lets it live for ARGV[1] milliseconds from now on. Returns the length of each
@@ -386,8 +388,15 @@ class Store:
 
     async def count_keys(self) -> int:
         """How many keys there are on all servers, those of other namespaces too."""
-        counts = [await self._servers.run_on(address, [("DBSIZE",)]) for address in await self.addresses()]
-        return sum(_granted(count) for (count,) in counts)
+        return sum([_granted(count) async for (count,) in self._of_each(("DBSIZE",))])
+
+    async def used_bytes(self) -> int:
+        """Memory that all servers use, for others too."""
+        return sum([int(_granted(told)["used_memory"]) async for (told,) in self._of_each(("INFO", "memory"))])
+
+    async def _of_each(self, command: Command) -> AsyncIterator[list[Any]]:
+        for address in await self.addresses():
+            yield await self._servers.run_on(address, [command])
 
     async def scan(self, address: Address, cursor: int, count: int) -> tuple[int, list[str]]:
         """About `count` keys of visitors on one server from a cursor on, 0 at first; and the next one, 0 at the end."""
@@ -402,37 +411,42 @@ class Store:
         Left alone is who was written to in the last `rest_ms`. Records that are broken, doubled or beyond the bound
         go; what is appended meanwhile stays. Returns how many visitors were stored anew.
         """
-        pairs = await self._loose(keys, rest_ms)
+        loose = await self._loose(keys, rest_ms)
+        stored = await self._servers.run([("MGET", *pair) for pair in loose])
         changes = []
-        for pair, values in zip(pairs, await self._servers.run([("MGET", *pair) for pair in pairs]), strict=True):
-            if isinstance(values, list) and any(values):
-                known = [value or b"" for value in values]
+        for (pair, is_spacious), values in zip(loose.items(), stored, strict=True):
+            known = [value or b"" for value in values] if isinstance(values, list) else []
+            if any(known):
                 kept = history.fold(known[0], known[1], now_ms)
-                changes.append([_Change(*change) for change in zip(pair, known, kept, strict=True) if change[1]])
-        done = 0
+                if is_spacious or kept != tuple(known):
+                    changes.append([_Change(*change) for change in zip(pair, known, kept, strict=True) if change[1]])
         replies = await self._servers.run([_replacement(change) for change in changes])
-        for (first, *_), taken in zip(changes, replies, strict=True):
-            if isinstance(taken, int) and taken:
-                self._excess = max(self._excess, taken - history.fresh_bytes(first.key, len(first.kept)))
-                done += 1
-        return done
+        done = [
+            (first.key, *reply)
+            for (first, *_), reply in zip(changes, replies, strict=True)
+            if isinstance(reply, list) and reply
+        ]
+        for key, taken, size in done:
+            self._excess = max(self._excess, taken - history.fresh_bytes(key, size))
+        return len(done)
 
-    async def _loose(self, keys: Sequence[str], rest_ms: int) -> list[tuple[str, str]]:
-        """Both keys of each visitor at rest of which a value takes more memory than it must, or both exist."""
+    async def _loose(self, keys: Sequence[str], rest_ms: int) -> dict[tuple[str, str], bool]:
+        """Both keys of each visitor at rest that may be worth storing anew; True where that spares memory for sure."""
         pairs = [self._pair(key) for key in keys]
         asked = [
             ("EVAL", _WEIGH, 2, *(pair if key == pair[0] else pair[::-1]))
             for key, pair in zip(keys, pairs, strict=True)
         ]
-        loose: dict[tuple[str, str], None] = {}
+        loose: dict[tuple[str, str], bool] = {}
         for key, pair, reply in zip(keys, pairs, await self._servers.run(asked), strict=True):
             if isinstance(reply, list):
                 taken, size, others, life_ms = reply
                 spare = taken - history.fresh_bytes(key, size) - self._excess
+                is_spacious = others > 0 or spare > max(16, size // 16)
                 is_busy = 0 <= self._retention_ms - life_ms < rest_ms
-                if not is_busy and (others or spare > max(16, size // 16)):
-                    loose[pair] = None
-        return list(loose)
+                if not is_busy and (is_spacious or size % RECORD_BYTES or size > MOST_EVENTS * RECORD_BYTES):
+                    loose[pair] = loose.get(pair, False) or is_spacious
+        return loose
 
     def _pair(self, key: str) -> tuple[str, str]:
         """Both keys of the visitor that has this one."""

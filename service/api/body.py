@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, NoReturn
 
+import msgspec
 from fastapi import Request
 from fastapi.routing import APIRoute
 from starlette.responses import Response
@@ -20,6 +21,7 @@ from service.api.state import state_of
 from service.errors import InvalidRequest, NotJSON, Place, TooLarge
 
 DEEPEST: Final = 64
+_DEEPEST_PLAIN: Final = 8  # making the fast reader takes twice as long with each level
 
 
 class _Refused(ValueError):
@@ -28,6 +30,42 @@ class _Refused(ValueError):
 
 def decode(raw: bytes) -> Any:
     """The value of a JSON text. Raises InvalidRequest that says where it is wrong."""
+    try:
+        return _plain(raw)
+    except (msgspec.MsgspecError, UnicodeError, _Unsure):
+        return _decode_exactly(raw)
+
+
+class _Unsure(ValueError):
+    """JSON that the fast reader took, and may have taken for something else."""
+
+
+def _plain(raw: bytes) -> Any:
+    """The value, read several times as fast. Raises where it is not plainly what the exact reader would read.
+
+    The fast reader keeps the last of a key that comes twice, so that there are fewer colons when it is written again:
+    nothing adds one but a colon that was escaped.
+    """
+    value = _FAST_DECODER.decode(raw)
+    written = _ENCODER.encode(value)
+    if written != raw and (b"\\u003" in raw or written.count(b":") != raw.count(b":")):
+        raise _Unsure
+    return value
+
+
+def _nested(levels: int) -> Any:
+    """The type of a JSON value with lists and objects in each other up to so many levels."""
+    value: Any = str | int | float | bool | None
+    for _ in range(levels):
+        value = str | int | float | bool | None | list[value] | dict[str, value]
+    return value
+
+
+_FAST_DECODER: Final = msgspec.json.Decoder(_nested(_DEEPEST_PLAIN))
+_ENCODER: Final = msgspec.json.Encoder()
+
+
+def _decode_exactly(raw: bytes) -> Any:
     try:
         value = _DECODER.decode(raw.decode("utf-8"))
         if b"\\u" in raw:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
+import msgspec
 from fastapi import APIRouter, Body, Request
+from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 from pydantic_core import to_json
 
@@ -14,8 +18,12 @@ from service.api.body import JSONRoute
 from service.api.state import CurrentModels, CurrentSettings, CurrentStore
 from service.errors import InvalidRequest, ModelNotReady, Place, RefusedEvent, TooLarge, answers
 from service.ingest import Accepted, Catalogue, Ignored, Refused
+from service.models import Models
 from service.scoring import unix_ms
+from service.settings import Settings
 from service.store import History, Quarantined, Store
+
+logger = logging.getLogger(__name__)
 
 router = APIRouter(prefix="/v1/events", tags=["events"], route_class=JSONRoute)
 
@@ -71,7 +79,7 @@ class EventResult(BaseModel):
         "and is kept in quarantine."
     )
     reason: str | None = Field(None, description="Why it was refused, out of a fixed set.")
-    message: str | None = Field(None, description="What to write instead.")
+    message: str | None = Field(None, description="What to write instead, or to mend.")
 
 
 class EventsOut(BaseModel):
@@ -87,39 +95,59 @@ Outcome = Accepted | Ignored | Refused
 # Events are judged one by one by `ingest`, so that a bad one does not take its neighbours along.
 AnyEvents = Annotated[Any, PlainValidator(lambda value: value, json_schema_input_type=Event | EventBatch), Body()]
 
+_STATUS: Final = {Accepted: "accepted", Ignored: "ignored", Refused: "refused"}
+_COUNTERS: Final = {status: metrics.EVENTS.labels(status) for status in _STATUS.values()}
+_ENCODER: Final = msgspec.json.Encoder()
+_WHOLLY_ACCEPTED: Final = b'{"status":"accepted"}'
+
 
 @router.post(
     "",
     response_model=EventsOut,
-    response_model_exclude_none=True,
     responses=answers(413, 415, 422, 503),
     summary="Send events",
 )
 async def send_events(
     request: Request, body: AnyEvents, store: CurrentStore, models: CurrentModels, settings: CurrentSettings
-) -> EventsOut:
+) -> Response:
     """Take one event, or many as `{"batch": [...]}`, each with its own result.
 
     What is accepted is in the next score. Events with a timestamp can be sent again without harm. After
     503 nothing is certain; send all again.
     """
+    content = await take(body, len(await request.body()), store, models, settings)
+    return Response(content, media_type="application/json")
+
+
+async def take(body: object, size: int, store: Store, models: Models, settings: Settings) -> bytes:
+    """Store the events of a decoded body of `size` bytes, and give the EventsOut that answers it, as JSON.
+
+    Raises ServiceErrors for what the body is not, for a single event that is refused, and where the store fails.
+    """
     if not models.bundles:
         raise ModelNotReady("no model is loaded, so no event is known; put one into the artifacts directory, restart")
     batch = _events(body, settings.batch_events)
+    is_alone = batch[0] is body
     now_ms = unix_ms()
-    limit = settings.event_bytes if len(await request.body()) > settings.event_bytes else None
-    if "batch" not in body and limit is not None:
+    limit = settings.event_bytes if size > settings.event_bytes else None
+    if is_alone and limit is not None:
         raise TooLarge(f"an event may have {limit} bytes; keep to what models and reports read")
     outcomes = [_judge(models.catalogue, event, limit, now_ms) for event in batch]
     outcomes = await _keep(store, outcomes, now_ms)
-    await _quarantine(store, batch, outcomes, now_ms, settings.quarantine_length)
-    for outcome in outcomes:
-        metrics.EVENTS.labels(type(outcome).__name__.lower()).inc()
-    if "batch" not in body and isinstance(outcomes[0], Refused):
+    counts = Counter(map(type, outcomes))
+    if counts[Refused]:
+        await _quarantine(store, batch, outcomes, now_ms, settings.quarantine_length)
+    for kind, status in _STATUS.items():
+        _COUNTERS[status].inc(counts[kind])
+    if is_alone and isinstance(outcomes[0], Refused):
         raise RefusedEvent(f"{outcomes[0].reason}: {outcomes[0].message}")
-    results = [_result(outcome) for outcome in outcomes]
-    counts = {name: sum(result.status == name for result in results) for name in ("accepted", "ignored", "refused")}
-    return EventsOut(**counts, results=results)
+    results = b",".join(map(_result, outcomes))
+    return b'{"accepted":%d,"ignored":%d,"refused":%d,"results":[%b]}' % (
+        counts[Accepted],
+        counts[Ignored],
+        counts[Refused],
+        results,
+    )
 
 
 def _events(body: object, most: int) -> Sequence[object]:
@@ -135,20 +163,34 @@ def _events(body: object, most: int) -> Sequence[object]:
 
 
 def _judge(catalogue: Catalogue, event: object, limit: int | None, now_ms: int) -> Outcome:
-    if limit is not None and len(to_json(event)) > limit:
+    if limit is not None and len(_ENCODER.encode(event)) > limit:
         return Refused("size", f"an event may have {limit} bytes; keep to what models and reports read")
     return ingest.parse(catalogue, event, now_ms)
 
 
-async def _keep(store: Store, outcomes: Sequence[Outcome], now_ms: int) -> list[Outcome]:
-    """Store what was accepted; what the store cannot hold becomes refused."""
-    unfit = await store.append(_by_visitor(outcomes), now_ms)
+async def _keep(store: Store, outcomes: list[Outcome], now_ms: int) -> list[Outcome]:
+    """Store what was accepted; what the store cannot hold becomes refused, or is told if it is the traits alone."""
+    lost = await store.append(_by_visitor(outcomes), now_ms)
+    if not lost:
+        return outcomes
     return [
-        Refused("unfit", "the visitor's key in the feature cache holds something else; delete it")
-        if isinstance(outcome, Accepted) and outcome.visitor_id in unfit
+        _without(outcome, lost[outcome.visitor_id])
+        if isinstance(outcome, Accepted) and outcome.visitor_id in lost
         else outcome
         for outcome in outcomes
     ]
+
+
+def _without(outcome: Accepted, lost: History) -> Outcome:
+    """What became of an event whose visitor could not be given all of its records."""
+    if lost.events and outcome.events:
+        return Refused("unfit", "the visitor's key of events in the feature cache holds something else; delete it")
+    if not lost.traits or not outcome.traits:
+        return outcome
+    advice = "the visitor's key of traits in the feature cache holds something else; delete it"
+    if outcome.events:
+        return msgspec.structs.replace(outcome, message=f"its traits are not kept: {advice}")
+    return Refused("unfit", advice)
 
 
 async def _quarantine(
@@ -159,8 +201,8 @@ async def _quarantine(
         for event, outcome in zip(batch, outcomes, strict=True)
         if isinstance(outcome, Refused) and outcome.reason != "size"
     ]
-    if refused:
-        await store.quarantine(refused[-length:], length)
+    if refused and not await store.quarantine(refused[-length:], length):
+        logger.warning("%d refused events are not kept: the key of the quarantine holds something else", len(refused))
 
 
 def _by_visitor(outcomes: Sequence[Outcome]) -> Mapping[str, History]:
@@ -168,15 +210,17 @@ def _by_visitor(outcomes: Sequence[Outcome]) -> Mapping[str, History]:
     for outcome in outcomes:
         if isinstance(outcome, Accepted):
             parts.setdefault(outcome.visitor_id, []).append(outcome)
-    return {
-        visitor_id: History(b"".join(one.events for one in kept), b"".join(one.traits for one in kept))
-        for visitor_id, kept in parts.items()
-    }
+    return {visitor_id: _together(kept) for visitor_id, kept in parts.items()}
 
 
-def _result(outcome: Outcome) -> EventResult:
-    if isinstance(outcome, Accepted):
-        return EventResult(status="accepted")
-    if isinstance(outcome, Ignored):
-        return EventResult(status="ignored", message=outcome.message)
-    return EventResult(status="refused", reason=outcome.reason, message=outcome.message)
+def _together(kept: Sequence[Accepted]) -> History:
+    if len(kept) == 1:
+        return History(kept[0].events, kept[0].traits)
+    return History(b"".join([one.events for one in kept]), b"".join([one.traits for one in kept]))
+
+
+def _result(outcome: Outcome) -> bytes:
+    if isinstance(outcome, Accepted) and outcome.message is None:
+        return _WHOLLY_ACCEPTED
+    reason = {"reason": outcome.reason} if isinstance(outcome, Refused) else {}
+    return _ENCODER.encode({"status": _STATUS[type(outcome)], **reason, "message": outcome.message})

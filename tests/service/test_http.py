@@ -53,10 +53,11 @@ class Client:
         )
 
     def is_closed(self) -> bool:
-        try:
-            return self.socket.recv(1) == b""
-        except ConnectionError:
-            return True
+        """Whether nothing comes any more, after what is still under way."""
+        with suppress(ConnectionError):
+            while self.socket.recv(65536):
+                pass
+        return True
 
     def _receive(self) -> None:
         more = self.socket.recv(65536)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import redis
 
-from service import store as store_module
+from service import history
 from service.core import events
 from service.core.errors import PropensityError
 from service.core.events import RECORD_BYTES
@@ -54,9 +54,8 @@ def namespace() -> str:
 
 
 @pytest.fixture
-def direct(store_url: str) -> redis.Redis:
-    """Another client of the same server, to see and to spoil what is stored."""
-    return redis.Redis.from_url(store_url, protocol=2)
+def store_url(every_store_url: str) -> str:
+    return every_store_url
 
 
 @pytest.fixture
@@ -71,7 +70,6 @@ def every_key_expires(direct: redis.Redis, namespace: str) -> object:
     yield
     keys = [key for key in direct.scan_iter(f"{namespace}:*") if direct.type(key) != b"hash"]
     assert [key for key in keys if direct.pttl(key) < 89 * DAY_MS] == []
-    direct.close()
 
 
 def some(count: int, first_ms: int = NOW_MS, seed: int = 0) -> bytes:
@@ -116,9 +114,10 @@ async def test_namespaces_do_not_reach_each_other(store: Store, store_url: str, 
 
 async def test_a_key_of_another_type_reads_as_nothing_and_holds_nothing(store: Store, direct: redis.Redis) -> None:
     direct.hset(store.keys("spoilt")[0], "field", "value")
-    unfit = await store.append({"spoilt": History(some(1)), "sound": History(some(1))}, NOW_MS)
-    assert unfit == {"spoilt"}
-    assert await store.read(["spoilt", "sound"]) == [History(), History(some(1))]
+    added = History(some(1), trait("x", "1"))
+    lost = await store.append({"spoilt": added, "sound": added}, NOW_MS)
+    assert lost == {"spoilt": History(added.events)}
+    assert await store.read(["spoilt", "sound"]) == [History(b"", added.traits), added]
 
 
 async def test_a_long_history_is_compacted_to_the_latest_events(store: Store, direct: redis.Redis) -> None:
@@ -138,13 +137,13 @@ async def test_compaction_drops_doubles_and_broken_records(store: Store) -> None
 async def test_what_is_appended_while_a_history_is_compacted_stays(
     store: Store, direct: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compact = store_module.compact_events
+    compact = history.compact_events
 
     def compact_slowly(blob: bytes) -> bytes:
         direct.append(store.keys("a")[0], some(1, seed=9))
         return compact(blob)
 
-    monkeypatch.setattr(store_module, "compact_events", compact_slowly)
+    monkeypatch.setattr(history, "compact_events", compact_slowly)
     blob = some(2 * MOST_EVENTS + 1)
     await store.append({"a": History(blob)}, NOW_MS)
     assert direct.get(store.keys("a")[0]) == blob[-MOST_EVENTS * RECORD_BYTES :] + some(1, seed=9)
@@ -153,13 +152,13 @@ async def test_what_is_appended_while_a_history_is_compacted_stays(
 async def test_a_history_that_was_erased_while_it_is_compacted_stays_erased(
     store: Store, direct: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compact = store_module.compact_events
+    compact = history.compact_events
 
     def compact_late(blob: bytes) -> bytes:
         direct.delete(store.keys("a")[0])
         return compact(blob)
 
-    monkeypatch.setattr(store_module, "compact_events", compact_late)
+    monkeypatch.setattr(history, "compact_events", compact_late)
     await store.append({"a": History(some(2 * MOST_EVENTS + 1))}, NOW_MS)
     assert await store.read(["a"]) == [History()]
 
