@@ -29,16 +29,20 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on (127.0.0.1 unless set).")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on (8000 unless set).")] = None,
     artifacts: Annotated[Path | None, typer.Option(help="Directory of bundles (artifacts unless set).")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that serve (1 unless set); one a core.")] = None,
     first_answer: Annotated[bool, typer.Option(help="Show an answer once the service is ready.")] = False,
 ) -> None:
     """Run the scoring service. Every setting: PROPENSITY_* variables, see docs/settings.md."""
     from service import settings as service_settings
-    from service.app import serve as run
 
-    given = {"host": host, "port": port, "artifacts": artifacts}
+    given = {"host": host, "port": port, "artifacts": artifacts, "workers": workers}
     settings = service_settings.load(**{name: value for name, value in given.items() if value is not None})
     if first_answer:
         _answer_when_ready(f"http://{settings.host}:{settings.port}")
+    if settings.workers > 1:  # the supervisor needs none of what its workers load
+        from service.supervisor import serve as run
+    else:
+        from service.app import serve as run
     run(settings)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import signal
 import socket
 import sys
@@ -12,27 +13,27 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
-from urllib.parse import urlsplit
 
 import uvicorn
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
-from service import embedded, errors, models
+from service import embedded, errors, location, metrics, models, port, supervisor
 from service.api import events, health, inference, scores, visitors
 from service.api import models as models_api
 from service.api.admission import Admission
 from service.api.express import ExpressLane
 from service.api.state import State
 from service.api.tensors import InferIn
-from service.core.errors import PropensityError
 from service.http import KEEP_ALIVE_S, Protocol, close_stalled
+from service.lifecycle import Lifecycle, Server
 from service.metrics import RequestTimer
 from service.score_log import ScoreLog
 from service.scorer import Scorer
 from service.settings import Settings
 from service.store import Store
+from service.workers import compaction
 
 logger = logging.getLogger(__name__)
 
@@ -44,15 +45,19 @@ page needs one; what was just sent is in the next score. Errors are `application
 """
 
 
-def create_app(settings: Settings) -> FastAPI:
-    """The ASGI application. Its lifespan loads the models, and starts the embedded server if no Redis is given."""
+def create_app(settings: Settings, lifecycle: Lifecycle | None = None) -> FastAPI:
+    """The ASGI application. Its lifespan loads the models, and starts the embedded server if no Redis is given.
+
+    Whoever runs it says by `lifecycle` when it is about to end.
+    """
+    lifecycle = lifecycle or Lifecycle()
     app = FastAPI(
         title="Propensity",
         version=_version(),
         summary="Real-time propensity scores",
         description=DESCRIPTION,
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
-        lifespan=lambda _: open_state(settings),
+        lifespan=lambda _: open_state(settings, lifecycle),
         redoc_url=None,
         redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,
@@ -69,38 +74,40 @@ def create_app(settings: Settings) -> FastAPI:
 
 def serve(settings: Settings) -> None:
     """Serve until interrupted. Raises PropensityError if what it needs cannot be started."""
+    if settings.workers > 1:
+        supervisor.serve(settings)
+        return
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    # Uvicorn raises SIGTERM again once it has drained; as an exception it lets the embedded server end in order.
+    # Before there is a server that handles it, it is to end in order too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    _require_free(settings.host, settings.port)
+    port.require_free(settings.host, settings.port)
     server = None if settings.redis_url else embedded.start(settings.data_dir)
     try:
-        uvicorn.run(
-            create_app(settings),
-            host=settings.host,
-            port=settings.port,
-            loop="uvloop",
-            http=Protocol,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=10,  # a client that never finishes its request must not keep it from ending
-            log_config=None,
-        )
+        run(settings)
     finally:
+        metrics.retire(str(os.getpid()))
         if server is not None:
             server.close()
 
 
-def _require_free(host: str, port: int) -> None:
-    """Raise before anything is started if the port cannot be had."""
-    try:
-        with socket.create_server((host, port)):
-            pass
-    except OSError as error:
-        reason = (error.strerror or "").partition(" (")[0]
-        raise PropensityError(f"port {port} of {host}: {reason}; choose another with --port") from None
+def run(settings: Settings, bound: socket.socket | None = None, on_ready: Callable[[], None] = lambda: None) -> None:
+    """Serve in this process, on the port of the settings or on a socket that is bound to it, until a signal comes."""
+    lifecycle = Lifecycle()
+    config = uvicorn.Config(
+        create_app(settings, lifecycle),
+        host=settings.host,
+        port=settings.port,
+        loop="uvloop",
+        http=Protocol,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=settings.shutdown_timeout_s,
+        log_config=None,
+    )
+    server = Server(config, lifecycle, delay_s=settings.shutdown_delay_ms / 1000, on_ready=on_ready)
+    server.run(None if bound is None else [bound])
 
 
 def _version() -> str:
@@ -119,9 +126,7 @@ async def open_store(settings: Settings, history_ms: int) -> AsyncIterator[Store
             server = embedded.start(settings.data_dir)
             stack.callback(server.close)
             url = server.url
-        logger.info(
-            "feature cache: %s", urlsplit(url)._replace(netloc=urlsplit(url).netloc.rpartition("@")[2]).geturl()
-        )
+        logger.info("feature cache: %s", location.parse(url))
         store = Store.open(
             url,
             namespace=settings.namespace,
@@ -135,7 +140,7 @@ async def open_store(settings: Settings, history_ms: int) -> AsyncIterator[Store
 
 
 @asynccontextmanager
-async def open_state(settings: Settings) -> AsyncIterator[State]:
+async def open_state(settings: Settings, lifecycle: Lifecycle) -> AsyncIterator[State]:
     """The resources of one process: the models, the feature cache, and the scorer that has both."""
     loaded = models.load(settings.artifacts, settings.default_model)
     async with open_store(settings, loaded.history_ms) as store:
@@ -150,14 +155,27 @@ async def open_state(settings: Settings) -> AsyncIterator[State]:
         )
         log = ScoreLog(store, length=settings.score_log_length, buffer=settings.score_log_buffer)
         lane = ExpressLane(scorer, log, settings.body_bytes)
-        stalled = asyncio.create_task(close_stalled(lane.connections, settings.request_timeout_s))
+        chores = [
+            asyncio.create_task(close_stalled(lane.connections, settings.request_timeout_s)),
+            asyncio.create_task(compaction.run(store)),
+        ]
         # What lives as long as the process need not be looked at in every collection.
         gc.collect()
         gc.freeze()
         try:
-            yield State(settings=settings, models=loaded, store=store, scorer=scorer, score_log=log, lane=lane)
+            yield State(
+                settings=settings,
+                models=loaded,
+                store=store,
+                scorer=scorer,
+                score_log=log,
+                lane=lane,
+                lifecycle=lifecycle,
+            )
         finally:
-            stalled.cancel()
+            for chore in chores:
+                chore.cancel()
+            await asyncio.wait(chores)
             scorer.close()
             await log.close()
             gc.unfreeze()

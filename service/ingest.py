@@ -67,7 +67,7 @@ class CatalogueConflict(PropensityError):
     """Two specs that cannot be served together, since a record means one thing in the one and another in the other."""
 
 
-class Accepted(msgspec.Struct, frozen=True):
+class Accepted(msgspec.Struct, frozen=True, gc=False):
     """An event that leaves records; either part may be empty. The message is for who could not keep all of them."""
 
     visitor_id: str
@@ -76,13 +76,13 @@ class Accepted(msgspec.Struct, frozen=True):
     message: str | None = None
 
 
-class Ignored(msgspec.Struct, frozen=True):
+class Ignored(msgspec.Struct, frozen=True, gc=False):
     """A sound event of which nothing is kept; the message says why."""
 
     message: str
 
 
-class Refused(msgspec.Struct, frozen=True):
+class Refused(msgspec.Struct, frozen=True, gc=False):
     """An event that cannot be understood: a reason out of a fixed set, and what to write instead."""
 
     reason: str

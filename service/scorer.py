@@ -90,7 +90,7 @@ class Scorer:
         self._trial: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
         self._breaker = Breaker(breaker_failures, metrics.set_breaker_state)
-        metrics.QUEUE_LENGTH.set_function(lambda: self._waiting)
+        metrics.QUEUE_LENGTH.set(0)
 
     @property
     def waiting(self) -> int:
@@ -167,6 +167,7 @@ class Scorer:
         if not staying:
             return
         metrics.BATCH_VISITORS.observe(len(staying))
+        metrics.QUEUE_LENGTH.set(self._waiting)
         now, now_ms = perf_counter(), self._now_ms()
         if not self._breaker.is_closed:
             metrics.store_reads("skipped").inc()

@@ -23,7 +23,7 @@ Command = tuple[Word, ...]
 _KEY_AT: Final = {"EVAL": 3, "MEMORY": 2}
 # A slot can move on while a command follows it; more than that is a cluster that does not know itself.
 _MOST_REDIRECTS: Final = 4
-# How long a server that failed is left alone, and the least time between two questions who owns what.
+# Between two questions whether a server answers again, and the least between two who owns what.
 _PAUSE_S: Final = 0.5
 _REFRESH_S: Final = 0.1
 
@@ -299,13 +299,12 @@ class Servers:
         """Return once a server answers or owns nothing any more."""
         try:
             while address in self._addresses:
-                await asyncio.sleep(_PAUSE_S)
-                self._refresh_soon()
                 try:
                     await self._node(address).run([("PING",)])
+                    return
                 except StoreError:
-                    continue
-                return
+                    await asyncio.sleep(_PAUSE_S)
+                    self._refresh_soon()
         finally:
             del self._away[address]
 
@@ -324,6 +323,6 @@ class Servers:
             self._owners = await self._find(sorted(self._addresses, key=lambda address: address in self._away))
         finally:
             self._refreshed_at = asyncio.get_running_loop().time()
-        self._addresses = tuple(dict.fromkeys(address for address in self._owners if address))
-        gone = self._nodes.keys() - set(self._addresses)
+        before, self._addresses = self._addresses, tuple(dict.fromkeys(filter(None, self._owners)))
+        gone = self._nodes.keys() & (set(before) - set(self._addresses))
         await asyncio.gather(*(self._nodes.pop(address).close() for address in gone))

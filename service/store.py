@@ -163,6 +163,8 @@ class Store:
         if not visitor_ids:
             return []
         values = await self._values(visitor_ids, self._servers.run)
+        if UNREAD in values:
+            raise StoreError("a server of the feature cache refuses to read; try again later")
         return [history.unfold(*pair) for pair in zip(values[::2], values[1::2], strict=True)]
 
     def ask(self, visitor_ids: Sequence[str]) -> asyncio.Future[Values]:

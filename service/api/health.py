@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from starlette.responses import Response
 
 from service import metrics
-from service.api.state import CurrentModels
+from service.api.state import CurrentLifecycle, CurrentModels
 
 router = APIRouter(tags=["health"])
 
@@ -32,10 +34,16 @@ async def live() -> Live:
     return Live()
 
 
-@router.get("/readyz", summary="Should it get requests?")
-async def ready(models: CurrentModels) -> Ready:
-    """200 once everything is loaded."""
-    return Ready(models=len(models.bundles))
+@router.get(
+    "/readyz",
+    responses={503: {"model": Ready, "description": "It is about to end: `status` is `draining`."}},
+    summary="Should it get requests?",
+)
+async def ready(models: CurrentModels, lifecycle: CurrentLifecycle, response: Response) -> Ready:
+    """200 once everything is loaded, and 503 from the moment on that it was told to end."""
+    if lifecycle.draining:
+        response.status_code = 503
+    return Ready(status="draining" if lifecycle.draining else "ready", models=len(models.bundles))
 
 
 @router.get(
@@ -46,4 +54,5 @@ async def ready(models: CurrentModels) -> Ready:
 )
 async def exposition() -> Response:
     """Every metric, in the text format of Prometheus."""
-    return Response(metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+    text = await asyncio.to_thread(metrics.exposition)
+    return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, TypedDict, cast
 
 from fastapi import Depends, Request
 
+from service.lifecycle import Lifecycle
 from service.models import Models
 from service.score_log import ScoreLog
 from service.scorer import Scorer
@@ -25,6 +26,7 @@ class State(TypedDict):
     scorer: Scorer
     score_log: ScoreLog
     lane: ExpressLane
+    lifecycle: Lifecycle
 
 
 def state_of(request: Request) -> State:
@@ -53,8 +55,13 @@ async def _score_log(request: Request) -> ScoreLog:
     return state_of(request)["score_log"]
 
 
+async def _lifecycle(request: Request) -> Lifecycle:
+    return state_of(request)["lifecycle"]
+
+
 CurrentSettings = Annotated[Settings, Depends(_settings)]
 CurrentModels = Annotated[Models, Depends(_models)]
 CurrentStore = Annotated[Store, Depends(_store)]
 CurrentScorer = Annotated[Scorer, Depends(_scorer)]
 CurrentScoreLog = Annotated[ScoreLog, Depends(_score_log)]
+CurrentLifecycle = Annotated[Lifecycle, Depends(_lifecycle)]

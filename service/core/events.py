@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Final
 
 import numpy as np
@@ -21,6 +22,7 @@ RECORD: Final = np.dtype(
     ]
 )
 RECORD_BYTES: Final = RECORD.itemsize
+_BYTES_ARRAY: Final = np.array(RECORD_BYTES)
 
 # Kinds of trait records; the catalogue of a feature spec uses 1 ... MAX_KIND.
 TRAIT_NUMBER: Final = 65534
@@ -131,11 +133,10 @@ def from_bytes(blob: bytes) -> Records:
 
 def join(blobs: Sequence[bytes]) -> tuple[Records, npt.NDArray[np.int64]]:
     """RECORD[E], the records of all blobs, torn tails left out; int64[n + 1], where those of each blob start."""
-    starts = np.zeros(len(blobs) + 1, np.int64)
-    np.fromiter(map(len, blobs), np.int64, len(blobs)).cumsum(out=starts[1:])
-    if np.count_nonzero(starts % RECORD_BYTES):
+    starts = np.fromiter(accumulate(map(len, blobs), initial=0), np.int64, len(blobs) + 1)
+    if np.count_nonzero(starts % _BYTES_ARRAY):
         return join([blob[: len(blob) // RECORD_BYTES * RECORD_BYTES] for blob in blobs])
-    return from_bytes(b"".join(blobs)), starts // RECORD_BYTES
+    return np.frombuffer(b"".join(blobs), RECORD), starts // _BYTES_ARRAY
 
 
 def canonical_order(array: Records, row: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.int64]:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote
@@ -46,7 +47,7 @@ def address_of(url: str) -> Path:
 
 
 def answers(url: str) -> bool:
-    return embedded._ping(address_of(url)).startswith(b"+PONG")
+    return embedded._ask(address_of(url), b"PING").startswith(b"+PONG")
 
 
 def user_of(directory: Path) -> tuple[subprocess.Popen[str], str]:
@@ -85,17 +86,58 @@ def test_data_is_there_after_an_orderly_end(tmp_path: Path) -> None:
         assert not answers(server.url)
 
 
-def test_data_is_there_after_the_server_was_killed(tmp_path: Path) -> None:
-    server = embedded.start(tmp_path)
+def pids_of(server: EmbeddedServer) -> tuple[int, int]:
+    """The server and its keeper."""
+    with connect(server) as client:
+        pid: int = client.info("server")["process_id"]
+    return pid, int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+@pytest.mark.parametrize("whom", ["server", "server and keeper"])
+def test_a_killed_server_is_there_again_within_two_seconds_with_its_data(server: EmbeddedServer, whom: str) -> None:
     with connect(server) as client:
         client.set("key", "kept")
-        os.kill(client.info("server")["process_id"], signal.SIGKILL)
-    wait_until(lambda: not answers(server.url))
-    server.close()
-    again = embedded.start(tmp_path)
-    with connect(again) as client:
+    pid, keeper = pids_of(server)
+    for victim in (pid, keeper) if "keeper" in whom else (pid,):
+        os.kill(victim, signal.SIGKILL)
+    wait_until(lambda: not Path(f"/proc/{pid}").exists())
+    wait_until(lambda: answers(server.url), 2)
+    with connect(server) as client:
         assert client.get("key") == b"kept"
-    again.close()
+    assert pids_of(server)[0] != pid
+
+
+def test_of_two_users_one_starts_it_again(server: EmbeddedServer) -> None:
+    other, _ = user_of(address_of(server.url).parent)
+    os.kill(pids_of(server)[0], signal.SIGKILL)
+    wait_until(lambda: answers(server.url), 2)
+    pid = pids_of(server)[0]
+    time.sleep(0.6)  # both have looked
+    assert pids_of(server)[0] == pid
+    end(other)
+    assert answers(server.url)
+
+
+def test_a_server_that_cannot_be_started_again_is_told_and_tried_later(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = embedded.start(tmp_path)
+    (manifest,) = (tmp_path / "appendonlydir").glob("*.manifest")
+    whole = manifest.read_text()
+    manifest.write_text("rubbish\n")
+    os.kill(pids_of(server)[0], signal.SIGKILL)
+    wait_until(lambda: "cannot be started again: the embedded server ended at once" in caplog.text)
+    manifest.write_text(whole)
+    wait_until(lambda: answers(server.url))
+    server.close()
+
+
+def test_its_last_user_ends_it_also_when_its_keeper_was_killed(tmp_path: Path) -> None:
+    server = embedded.start(tmp_path)
+    os.kill(pids_of(server)[1], signal.SIGKILL)
+    assert answers(server.url)
+    server.close()
+    assert not answers(server.url)
 
 
 def test_two_users_in_one_process_share_it_until_the_last_has_ended(tmp_path: Path) -> None:

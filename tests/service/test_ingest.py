@@ -194,6 +194,7 @@ def test_a_value_is_a_number_or_the_spelling_of_one(
         (7, "7"),
         (7.0, "7"),
         (0.5, "0.5"),
+        ("x" * 5000, "x" * 5000),
         (True, "true"),
         ("", None),
         (None, None),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from hypothesis import given
+from hypothesis import strategies as st
 
-from service.api.body import DEEPEST, decode
+from service.api.body import DEEPEST, decode, decode_exactly
 from service.app import create_app
 from service.embedded import EmbeddedServer
 from service.errors import InvalidRequest
@@ -107,3 +110,50 @@ def test_the_deepest_nesting_that_is_read(client: TestClient) -> None:
     assert decode(json.dumps(value).encode()) == value
     with pytest.raises(InvalidRequest, match="deeper"):
         decode(json.dumps([value]).encode())
+
+
+def _json_values() -> st.SearchStrategy[Any]:
+    scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters())
+    keys = st.sampled_from(["a", "b:", "é", ""]) | st.text(max_size=3)
+    return st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(keys, inner), max_leaves=20)
+
+
+def _outcome(read: Callable[[bytes], Any], raw: bytes) -> str:
+    """What is read, with the type of each number, or the error."""
+    try:
+        return repr(read(raw))
+    except InvalidRequest as error:
+        return f"refused: {error}"
+
+
+@given(
+    _json_values(),
+    st.booleans(),
+    st.sampled_from([(",", ":"), (", ", ": "), (" ,\n", "\t:\r\n")]),
+    st.lists(
+        st.tuples(st.integers(0, 10_000), st.sampled_from([b"", b'"', b"\\", b":", b"{", b"0", b"\xed", b"\\u003a"]))
+    ),
+)
+def test_the_fast_reader_reads_what_the_exact_one_reads(
+    value: Any, is_ascii: bool, separators: tuple[str, str], slips: list[tuple[int, bytes]]
+) -> None:
+    raw = json.dumps(value, ensure_ascii=is_ascii, separators=separators).encode("utf-8", "surrogatepass")
+    for place, slip in slips[:3]:
+        raw = raw[: place % (len(raw) + 1)] + slip + raw[(place + 1) % (len(raw) + 1) :]
+    assert _outcome(decode, raw) == _outcome(decode_exactly, raw)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"a":1,"a":2}',
+        b'{"a":":","a":"\\u003a:"}',
+        b'{"a":"\\u003A","a":""}',
+        b'{"a":{"b":1},"a":{"b":":"}}',
+        b'{"\\u0061":":","a":"::"}',
+        b'[{"a":"","a":"\\":\\""}]',
+    ],
+)
+def test_colons_in_texts_do_not_hide_a_key_that_comes_twice(raw: bytes) -> None:
+    with pytest.raises(InvalidRequest, match="comes twice"):
+        decode(raw)

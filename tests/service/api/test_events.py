@@ -10,6 +10,7 @@ import pytest
 import redis
 from fastapi.testclient import TestClient
 
+from service.api.events import EventsOut
 from service.app import create_app
 from service.settings import Settings
 from tests.conftest import MakeSettings
@@ -96,16 +97,60 @@ def test_a_batch_of_many_visitors_reaches_each(client: TestClient) -> None:
     assert [result["events"] for result in results] == [10] * 50
 
 
+def spoil(settings: Settings, key: str) -> None:
+    """Put something else under a key, as another program might."""
+    assert settings.redis_url is not None
+    with redis.Redis.from_url(settings.redis_url, protocol=2) as direct:
+        direct.lpush(f"{settings.namespace}:{key}", "x")
+
+
 def test_an_event_for_a_spoilt_key_is_refused_and_its_neighbours_are_taken(
     client: TestClient, settings: Settings
 ) -> None:
-    assert settings.redis_url is not None
-    with redis.Redis.from_url(settings.redis_url, protocol=2) as direct:
-        direct.lpush(f"{settings.namespace}:e:{{spoilt}}", "x")
-    answer = client.post("/v1/events", json={"batch": [view("spoilt"), view("a")]}).json()
-    assert [result.get("reason") for result in answer["results"]] == ["unfit", None]
+    spoil(settings, "e:{spoilt}")
+    batch = [view("spoilt"), view("a"), view("spoilt", context={"device": "mobile"})]
+    batch.append({"type": "identify", "userId": "spoilt", "traits": {"loyalty": 3}})
+    answer = client.post("/v1/events", json={"batch": batch}).json()
+    assert [result.get("reason") for result in answer["results"]] == ["unfit", None, "unfit", None]
+    assert "key of events" in answer["results"][0]["message"]
+    assert [fields[b"reason"] for fields in quarantined(settings)] == [b"unfit", b"unfit"]
     score = client.post("/v1/score", json={"visitor_id": "spoilt"})
     assert (score.status_code, score.json()["events"]) == (200, 0)
+    assert client.post("/v1/score", json={"visitor_id": "a"}).json()["events"] == 1
+
+
+def test_an_event_whose_traits_cannot_be_kept_is_accepted_and_says_so(client: TestClient, settings: Settings) -> None:
+    spoil(settings, "t:{a}")
+    batch = [view(messageId="1"), view(messageId="2", context={"device": "mobile"}), view("b", traits={"loyalty": 3})]
+    batch.append({"type": "identify", "userId": "a", "traits": {"loyalty": 3}})
+    answer = client.post("/v1/events", json={"batch": batch}).json()
+    assert (answer["accepted"], answer["refused"]) == (3, 1)
+    whole, partly, other, refused = answer["results"]
+    assert whole == other == {"status": "accepted"}
+    assert partly["status"] == "accepted"
+    assert partly["message"].startswith("its traits are not kept")
+    assert (refused["reason"], "key of traits" in refused["message"]) == ("unfit", True)
+    assert client.post("/v1/score", json={"visitor_id": "a"}).json()["events"] == 2
+
+
+def test_a_spoilt_quarantine_is_no_failure_of_what_is_sent(
+    client: TestClient, settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    spoil(settings, "quarantine")
+    response = client.post("/v1/events", json={"batch": [view(), view(None)]})
+    assert response.status_code == 200
+    assert [result["status"] for result in response.json()["results"]] == ["accepted", "refused"]
+    assert client.post("/v1/events", json=view(None)).status_code == 422
+    assert "1 refused events are not kept" in caplog.text
+
+
+def test_what_is_answered_is_what_the_documentation_says(client: TestClient) -> None:
+    batch = [view(), view(None), view(event="Unheard Of"), view(timestamp="soon")]
+    response = client.post("/v1/events", json={"batch": batch})
+    assert response.headers["content-type"] == "application/json"
+    told = EventsOut.model_validate_json(response.content, strict=True)
+    assert told.model_dump(exclude_none=True) == response.json()
+    assert [bool(result.message) for result in told.results] == [False, True, True, True]
 
 
 def test_without_a_model_events_are_not_thrown_away_in_silence(

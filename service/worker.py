@@ -1,0 +1,74 @@
+"""One of several processes that serve, `python -m service.worker`, as `service.supervisor` starts them.
+
+Its standard input is a socket to the supervisor. By it come its orders, one line of JSON, and when it is needed a
+second line; by it goes the answer, which is `ready` or why it cannot serve. When the supervisor is gone, however that
+came about, the socket closes and the worker ends.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from typing import TextIO
+
+from prometheus_client import values
+
+from service import port
+from service.core.errors import PropensityError
+from service.settings import load
+from service.supervisor import LOG_FORMAT, READY, REPLACE, Orders
+
+logger = logging.getLogger("service.worker")
+
+
+def main() -> None:
+    """Take the orders, serve, and leave nothing behind."""
+    for each in (signal.SIGTERM, signal.SIGINT):  # until there is a server that handles them
+        signal.signal(each, lambda *_: sys.exit(0))
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+    channel, is_orphan = socket.socket(fileno=sys.stdin.fileno()), threading.Event()
+    lines = channel.makefile()
+    orders: Orders = json.loads(lines.readline())
+    try:
+        _serve(orders, channel, lines, is_orphan)
+    except PropensityError as error:
+        channel.sendall(f"{error}\n".encode())
+        sys.exit(2)
+    finally:
+        if is_orphan.is_set() and orders["temporary"] is not None:
+            shutil.rmtree(orders["temporary"], ignore_errors=True)
+
+
+def _serve(orders: Orders, channel: socket.socket, lines: TextIO, is_orphan: threading.Event) -> None:
+    # Before the first metric is made: its files are those of the name, and go on with what they hold.
+    values.ValueClass = values.MultiProcessValue(lambda: orders["name"])  # type: ignore[no-untyped-call]
+    from service import app, metrics
+
+    order = lines.readline().strip()
+    threading.Thread(target=_end_with_supervisor, args=[lines, is_orphan, orders["limit_s"]], daemon=True).start()
+    if order == REPLACE:
+        metrics.WORKER_RESTARTS.inc()
+    settings = load(**orders["settings"])
+    shared = orders["listener"]
+    bound = port.bind(settings.host, settings.port, shared=True) if shared is None else socket.socket(fileno=shared)
+    app.run(settings, bound, on_ready=lambda: channel.sendall(f"{READY}\n".encode()))
+
+
+def _end_with_supervisor(lines: TextIO, is_orphan: threading.Event, limit_s: float) -> None:
+    lines.readline()
+    logger.error("the supervisor is gone, and this worker ends too")
+    is_orphan.set()
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(limit_s)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()
