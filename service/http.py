@@ -20,6 +20,7 @@ from service.scoring import Score, Timing
 MOST_HEAD_BYTES: Final = 64 * 1024
 # Longer than the 60 s of common load balancers, which else send a request into a connection that is being closed.
 KEEP_ALIVE_S: Final = 75
+_LINGER_S: Final = 1.0
 
 
 class Protocol(HttpToolsProtocol):
@@ -115,8 +116,13 @@ class Protocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_response_complete(self) -> None:
+        is_refused = self.cycle.more_body  # it was answered before all of it had come
         self.waiting_since = perf_counter()
         super().on_response_complete()
+        if is_refused and not self.transport.is_closing():
+            # Closed at once, the answer could be lost with what the client is still sending.
+            self.flow.pause_reading()
+            self.loop.call_later(_LINGER_S, self.transport.close)
 
     def _answer(self, outcome: Outcome, timing: Timing) -> None:
         asked, self._asked = self._asked, None
