@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-dev run test lint format examples bench bench-features bench-training fresh-run lock image clean system again
+.PHONY: help setup setup-dev run test lint format examples load bench bench-features bench-training fresh-run lock image clean system again
 
 BIN := .venv/bin
 PORT ?= 8000
@@ -42,8 +42,22 @@ DATA ?= data
 examples: .venv/.ready-dev ## Train, serve and score every example on its data in DATA=DIRECTORY; writes docs/results.md
 	@$(BIN)/python examples/results.py $(DATA)
 
-bench: .venv/.ready-dev ## Compare scores a second with a plain service and with bare uvicorn (needs wrk and redis-server)
-	@$(BIN)/python -m loadtest.bench_serving
+SHAPE ?= steady
+USERS ?= 50
+SECONDS ?= 60
+PROCESSES ?= 1
+URL ?= http://127.0.0.1:$(PORT)
+
+load: .venv/.ready-dev ## Send simulated visitors to URL: SHAPE=steady|ramp|spike|soak USERS=50 SECONDS=60 PROCESSES=1
+	@mkdir -p .run/load
+	@$(BIN)/locust -f loadtest/locustfile.py --headless --only-summary --host $(URL) --html .run/load/report.html \
+		--shape $(SHAPE) --users $(USERS) --run-time $(SECONDS) $(OPTIONS) \
+		$(if $(filter-out 1,$(PROCESSES)),--processes $(PROCESSES) --master-bind-host 127.0.0.1); \
+	status=$$?; echo "Report: .run/load/report.html"; exit $$status
+
+bench: .venv/.ready-dev ## Compare scores a second with a plain service and with bare uvicorn; QUICK=1 in a third of the time
+	@$(MAKE) --no-print-directory system PROGRAMS="redis-server wrk"
+	@$(BIN)/python -m loadtest.bench_serving $(if $(QUICK),--quick)
 
 bench-features: .venv/.ready-dev ## Measure how many feature rows a core computes in a second
 	@$(BIN)/python -m loadtest.bench_features
@@ -122,15 +136,19 @@ lock: .venv/.python ## Write the lock files from pyproject.toml (UPGRADE=1: with
 	$(COMPILE) pyproject.toml -c requirements-dev.lock -o requirements.lock
 	$(COMPILE) --group bootstrap -c requirements-dev.lock $(if $(UPGRADE),--upgrade) -o requirements-bootstrap.lock
 
-system: ## Install redis-server and chromium where they are missing (by apt-get, as root), or say so
+PROGRAMS ?= redis-server chromium
+
+system: ## Install redis-server and chromium (PROGRAMS) where they are missing (by apt-get, as root), or say so
 	@missing=""; \
-	command -v redis-server >/dev/null || missing="$$missing redis-server"; \
-	command -v chromium >/dev/null || command -v chromium-browser >/dev/null || \
-		command -v google-chrome >/dev/null || missing="$$missing chromium"; \
+	for program in $(PROGRAMS); do \
+		names=$$program; test $$program != chromium || names="chromium chromium-browser google-chrome"; \
+		for name in $$names; do command -v $$name >/dev/null && continue 2; done; \
+		missing="$$missing $$program"; \
+	done; \
 	test -n "$$missing" || exit 0; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		echo "Installing$$missing ..."; apt-get update -qq && \
 		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing >/dev/null && exit 0; \
 	fi; \
-	echo "Missing:$$missing. The tests that need them are skipped; on Debian: sudo apt-get install$$missing" >&2; \
+	echo "Missing:$$missing. What needs them is skipped; on Debian: sudo apt-get install$$missing" >&2; \
 	test "$$CI" != true

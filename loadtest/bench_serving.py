@@ -1,203 +1,58 @@
-"""Scores a second and their latency: this service, the plain one, and bare uvicorn, in one run on pinned cores.
+"""Scores a second and their latency: this service, a plain one, and bare uvicorn, in one run on pinned cores.
 
-Server and Redis share one core, wrk has the other. 24 features from the events of 10,000 visitors with 1 to 60 events,
-300 trees of 31 leaves; the service runs as shipped. The plain service reads a ready-made vector instead.
+Server and Redis share one core, the generator has the other. 24 features from the events of 10,000 visitors, 300 trees
+of 31 leaves; the service runs as shipped. The plain service reads a ready-made vector instead. Three parts:
+
+compare   wrk with 64 connections and with one, against each server in turn, several rounds; ratios within a round.
+constant  requests at fixed times at 60 % of the peak, whatever the answers do.
+workers   two workers on both cores against one on one core.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import re
+import json
 import shutil
-import socket
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Any, Final
 
-import lightgbm as lgb
-import numpy as np
-import yaml
+import typer
 
-from loadtest import machine
-from loadtest.bench_features import NOW_MS, shop_plan
-from service.core import bundle, events, features, segments
-from service.core.features import Plan
-from service.store import History, Store
-from training import export, packing, reference
-from training.dataset import GoldenRow
-from training.export import Calibration
-from training.fit import Fitted
+from loadtest import machine, population
+from loadtest.bench_features import shop_plan
+from loadtest.open_loop import LAG_LIMIT_MS
+from loadtest.population import VISITORS, histories, matrix_of, write_bundle
+from loadtest.servers import GENERATOR_CORE, ROOT, SERVER_CORE, Server, free_port, running, running_on
+from loadtest.wanted import Wanted
+from loadtest.wrk import Measured, latency, median, wrk
 
-ROOT: Final = Path(__file__).parents[1]
-VISITORS: Final = 10_000
-TREES: Final = 300
-LEAVES: Final = 31
-SECONDS: Final = 10
-SERVER_CORE, WRK_CORE = 0, 1
+WRK_CORE: Final = GENERATOR_CORE
+__all__ = [  # what other benchmarks build on
+    "SERVER_CORE",
+    "VISITORS",
+    "WRK_CORE",
+    "free_port",
+    "histories",
+    "latency",
+    "matrix_of",
+    "running",
+    "write_bundle",
+    "wrk",
+]
 
-
-def histories(now_ms: int) -> dict[str, History]:
-    """Visitors of 1 to 60 events in the last month, and a device."""
-    rng = np.random.default_rng(1)
-    made = {}
-    for number in range(VISITORS):
-        count = int(rng.integers(1, 61))
-        ages = np.sort(rng.exponential(5 * 86_400_000, count).astype(np.int64))[::-1]
-        kinds, ids = rng.choice([1, 1, 1, 1, 2, 3, 4, 5], count), rng.integers(1, 2**32, count)
-        records = events.records(now_ms - ages, kinds, ids, rng.integers(1, 30, count), rng.exponential(40, count))
-        device = events.pack(now_ms - 1, events.TRAIT_TEXT, events.hash32("device"), events.hash32("mobile"), np.nan)
-        made[f"visitor-{number}"] = History(records.tobytes(), device)
-    return made
-
-
-def matrix_of(
-    plan: Plan, kept: Mapping[str, History], now_ms: int
-) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
-    """float32[n, F] of the visitors now."""
-    parts = [events.from_bytes(history.events) for history in kept.values()]
-    starts = np.cumsum([0, *map(len, parts)])
-    found = features.matrix(plan, np.concatenate(parts), starts, np.full(len(parts), now_ms))
-    return found.astype(np.float32)
-
-
-def write_bundle(directory: Path, plan: Plan, matrix: np.ndarray[tuple[int, int], np.dtype[np.float32]]) -> None:
-    """A sealed bundle of TREES trees of LEAVES leaves that were fitted to noise: as slow as a real one, as useless."""
-    rng = np.random.default_rng(2)
-    label = rng.random(len(matrix)) < 0.1 + 0.2 * (matrix[:, 0] > np.median(matrix[:, 0]))
-    settings = {"objective": "binary", "num_leaves": LEAVES, "min_data_in_leaf": 5, "num_threads": 1, "verbosity": -1}
-    booster = lgb.train(settings, lgb.Dataset(matrix, label, feature_name=list(plan.spec.names)), TREES)
-    fitted = Fitted(booster, Calibration(1.0, 0.0), {})
-    directory.mkdir(parents=True)
-    export.write(booster, directory, feature_names=plan.spec.names, calibration=fitted.calibration)
-    (directory / "features.yaml").write_text(yaml.safe_dump(plan.spec.model_dump(mode="json")))
-    scores = fitted.predict(matrix).astype(np.float32)
-    (directory / "reference.json").write_text(reference.describe(plan.spec, matrix, scores).model_dump_json())
-    nothing = np.empty(0, events.RECORD)
-    golden = packing.golden_cases(
-        [GoldenRow(nothing, nothing, np.full(len(plan.spec.requests), np.nan, np.float32), NOW_MS)], plan, fitted
-    )
-    (directory / "golden.json").write_text(f"[{golden[0].model_dump_json()}]")
-    bundle.seal(
-        directory,
-        {
-            "model": plan.spec.model,
-            "version": "bench",
-            "created_at": "2026-01-01T00:00:00+00:00",
-            "spec": plan.spec.model_dump(mode="json"),
-            "spec_hash": plan.spec.hash,
-            "names": plan.spec.names,
-            "dtype": "float32",
-            "segments": dict(zip(segments.SEGMENTS, segments.cutoffs(scores, {}), strict=False)),
-            "calibration": {"slope": 1.0, "intercept": 0.0},
-            "data": {},
-            "metrics": {},
-            "libraries": {},
-        },
-    )
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What wrk saw, and the processor seconds it used a second."""
-
-    requests_s: float
-    p50_ms: float
-    p99_ms: float
-    errors: int
-    wrk_cpu: float
-
-
-def wrk(port: int, connections: int, script: Path) -> Measured:
-    """Drive a server for SECONDS with a number of connections, after a warm-up."""
-    command = ["wrk", "-t1", f"-c{connections}", "--latency", "-s", str(script), f"http://127.0.0.1:{port}"]
-    subprocess.run([*command, "-d2s"], check=True, capture_output=True, preexec_fn=lambda: machine.pin(WRK_CORE))
-    before = os.times()
-    ran = subprocess.run(
-        [*command, f"-d{SECONDS}s"],
-        check=True,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: machine.pin(WRK_CORE),
-    )
-    after = os.times()
-    used = after.children_user + after.children_system - before.children_user - before.children_system
-    bad = re.search(r"Non-2xx or 3xx responses: (\d+)", ran.stdout)
-    rate = re.search(r"Requests/sec:\s+([\d.]+)", ran.stdout)
-    assert rate is not None
-    return Measured(
-        float(rate[1]),
-        latency(ran.stdout, "50%"),
-        latency(ran.stdout, "99%"),
-        int(bad[1]) if bad else 0,
-        used / SECONDS,
-    )
-
-
-def latency(output: str, percentile: str) -> float:
-    """Milliseconds of a percentile in wrk's table."""
-    found = re.search(rf"{percentile}\s+([\d.]+)(us|ms|s)\b", output)
-    assert found is not None
-    return float(found[1]) * {"us": 0.001, "ms": 1.0, "s": 1000.0}[found[2]]
-
-
-def free_port() -> int:
-    """A TCP port of the loopback address that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-@contextlib.contextmanager
-def running(command: list[str], port: int, path: str | None, **environment: str) -> Iterator[int]:
-    """A server on the server core, once its port listens and `path` answers."""
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        preexec_fn=lambda: machine.pin(SERVER_CORE),
-    )
-    try:
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            with contextlib.suppress(OSError):
-                if path is None:
-                    socket.create_connection(("127.0.0.1", port), 1).close()
-                else:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=1).close()
-                break
-            time.sleep(0.05)
-        yield port
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-async def fill(
-    url: str, kept: Mapping[str, History], matrix: np.ndarray[tuple[int, int], np.dtype[np.float32]]
-) -> None:
-    """Put histories under the service's keys, and vectors under those of the plain service."""
-    store = Store.open(url, namespace="p", retention_ms=86_400_000, timeout_ms=10_000)
-    names = list(kept)
-    for first in range(0, len(names), 500):
-        await store.append({name: kept[name] for name in names[first : first + 500]}, NOW_MS)
-    await store.close()
-    import redis.asyncio as redis
-
-    client = redis.from_url(url)
-    await client.mset({f"vector:{name}": row.tobytes() for name, row in zip(names, matrix, strict=True)})
-    await client.aclose()
-
+ROUNDS: Final = 3
+PEAK_SHARE: Final = 0.6
+MOST_OTHERS: Final = 0.2
+OURS, PLAIN, BARE = "propensity", "plain service", "bare uvicorn"
 
 SCRIPT: Final = """
 local n = 0
@@ -209,63 +64,224 @@ end
 """
 
 
-def main() -> int:
-    """Print the table; 1 where a server gave errors."""
-    if shutil.which("wrk") is None or shutil.which("redis-server") is None:
-        raise SystemExit("needs wrk and redis-server; on Debian: sudo apt-get install wrk redis-server")
-    print(machine.describe())
+class Part(StrEnum):
+    """What can be measured on its own."""
+
+    COMPARE = "compare"
+    CONSTANT = "constant"
+    WORKERS = "workers"
+
+
+@dataclass
+class Bench:
+    """The shop on disk and in Redis, how long to measure, and what came of it."""
+
+    artifacts: Path
+    script: Path
+    redis: Server
+    seconds: int
+    constant_s: int
+    wanted: Wanted = field(default_factory=Wanted)
+
+    @property
+    def redis_url(self) -> str:
+        """Of the feature cache."""
+        return f"redis://127.0.0.1:{self.redis.port}/0"
+
+    @contextlib.contextmanager
+    def service(self, workers: int = 1, cores: tuple[int, ...] = (SERVER_CORE,)) -> Iterator[Server]:
+        """This service as shipped."""
+        port = free_port()
+        settings = {"PORT": port, "REDIS_URL": self.redis_url, "ARTIFACTS": self.artifacts, "WORKERS": workers}
+        environment = {f"PROPENSITY_{name}": str(value) for name, value in settings.items()}
+        command = [sys.executable, "-m", "cli.main", "serve"]
+        with running_on(cores, command, port, "/readyz", **environment) as server:
+            yield server
+
+    @contextlib.contextmanager
+    def plain(self) -> Iterator[Server]:
+        """The service of `plain_service.py`."""
+        port = free_port()
+        [model] = self.artifacts.glob("*/bench/model.onnx")
+        command = [sys.executable, "-m", "loadtest.plain_service"]
+        with running(command, port, "/docs", PORT=str(port), REDIS_URL=self.redis_url, MODEL=str(model)) as server:
+            yield server
+
+    @contextlib.contextmanager
+    def bare(self) -> Iterator[Server]:
+        """The service of `bare_service.py`."""
+        port = free_port()
+        with running([sys.executable, "-m", "loadtest.bare_service"], port, "/", PORT=str(port)) as server:
+            yield server
+
+
+@contextlib.contextmanager
+def prepared(seconds: int, constant_s: int) -> Iterator[Bench]:
+    """A bench with a filled Redis on the servers' core, gone afterwards."""
     now_ms = time.time_ns() // 1_000_000
     plan, kept = shop_plan(), histories(now_ms)
     matrix = matrix_of(plan, kept, now_ms)
     with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
+        directory, port = Path(name), free_port()
         write_bundle(directory / "artifacts" / plan.spec.model / "bench", plan, matrix)
         script = directory / "score.lua"
         script.write_text(SCRIPT.replace("VISITORS", str(VISITORS)))
-        port = free_port()
-        cache = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", name]
-        with running(cache, port, None):
-            url = f"redis://127.0.0.1:{port}/0"
-            asyncio.run(fill(url, kept, matrix))
-            return compare(directory, plan, url, script)
+        command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", name]
+        with running(command, port, None) as redis:
+            bench = Bench(directory / "artifacts", script, redis, seconds, constant_s)
+            asyncio.run(population.fill(bench.redis_url, kept, matrix))
+            yield bench
 
 
-def compare(directory: Path, plan: Plan, url: str, script: Path) -> int:
-    """Measure every server with 64 connections and with one, and print the rows."""
-    artifacts = directory / "artifacts"
-    model = str(artifacts / plan.spec.model / "bench" / "model.onnx")
-    python, errors = sys.executable, 0
-    servers: dict[str, tuple[list[str], str | None, dict[str, str]]] = {
-        "bare uvicorn": ([python, "-m", "loadtest.bare_service"], "/", {}),
-        "plain service": ([python, "-m", "loadtest.plain_service"], "/docs", {"REDIS_URL": url, "MODEL": model}),
-        "propensity": (
-            [python, "-m", "cli.main", "serve"],
-            "/readyz",
-            {"PROPENSITY_REDIS_URL": url, "PROPENSITY_ARTIFACTS": str(artifacts)},
-        ),
-    }
-    print(f"{'':15} {'connections':>11} {'req/s':>8} {'p50 ms':>8} {'p99 ms':>8} {'errors':>7} {'wrk CPU':>8}")
-    seen: dict[tuple[str, int], Measured] = {}
-    for who, (command, path, environment) in servers.items():
-        port = free_port()
-        with running(command, port, path, PORT=str(port), PROPENSITY_PORT=str(port), **environment):
-            for connections in (64, 1):
-                found = seen[who, connections] = wrk(port, connections, script)
-                errors += found.errors
+@dataclass(frozen=True)
+class Load:
+    """What wrk saw, and the processor seconds a second that a server and Redis used for it."""
+
+    seen: Measured
+    server_cpu: float
+    redis_cpu: float
+
+    @property
+    def cpu_us(self) -> float:
+        """Processor microseconds a request; others on the machine hardly change it."""
+        return (self.server_cpu + self.redis_cpu) * 1e6 / self.seen.requests_s
+
+
+def loaded(bench: Bench, server: Server, connections: int, cores: tuple[int, ...] = (GENERATOR_CORE,)) -> Load:
+    """Drive a server by wrk on some cores, after a warm-up."""
+    wrk(server.port, connections, bench.script, seconds=1, warm_up_s=0, cores=cores)
+    server_s, redis_s = server.cpu_seconds(), bench.redis.cpu_seconds()
+    seen = wrk(server.port, connections, bench.script, seconds=bench.seconds, warm_up_s=0, cores=cores)
+    server_s, redis_s = server.cpu_seconds() - server_s, bench.redis.cpu_seconds() - redis_s
+    return Load(seen, server_s / bench.seconds, redis_s / bench.seconds)
+
+
+def compare(bench: Bench) -> float:
+    """Measure every server with 64 connections and with one, in turn; returns this service's peak."""
+    loads: dict[tuple[str, int], list[Load]] = {}
+    with bench.bare() as bare, bench.plain() as plain, bench.service() as ours:
+        for turn in range(ROUNDS):
+            for who, server in ((BARE, bare), (PLAIN, plain), (OURS, ours)):
+                for connections in (64, 1):
+                    _tell(f"round {turn + 1} of {ROUNDS}: {who}, {connections} connections")
+                    loads.setdefault((who, connections), []).append(loaded(bench, server, connections))
+    print(
+        f"\n{'':15} connections {'req/s':>8} {'p50 ms':>8} {'p99 ms':>8} {'p99.9':>8} {'errors':>7} {'wrk CPU':>8} "
+        f"{'CPU us a request':>17}"
+    )
+    for (who, connections), all_of in loads.items():
+        one = median([load.seen for load in all_of])
+        print(
+            f"{who:15} {connections:>11} {one.requests_s:>8,.0f} {one.p50_ms:>8.2f} {one.p99_ms:>8.2f} "
+            f"{one.p999_ms:>8.2f} {one.errors:>7.0f} {one.wrk_cpu:>8.0%} "
+            f"{statistics.median(load.cpu_us for load in all_of):>17.0f}"
+        )
+
+    def ratio(number: Callable[[Load], float], connections: int, other: str) -> float:
+        pairs = zip(loads[OURS, connections], loads[other, connections], strict=True)
+        return statistics.median(number(mine) / number(theirs) for mine, theirs in pairs)
+
+    print("\nmedian over the rounds of the ratio within a round")
+    wanted = bench.wanted
+    wanted.least("64 connections: req/s to the plain service's", ratio(lambda load: load.seen.requests_s, 64, PLAIN), 5)
+    wanted.least("64 connections: req/s to bare uvicorn's", ratio(lambda load: load.seen.requests_s, 64, BARE), 0.5)
+    wanted.most("64 connections: p99 to the plain service's", ratio(lambda load: load.seen.p99_ms, 64, PLAIN), 0.2)
+    wanted.most(" 1 connection:  p50 to the plain service's", ratio(lambda load: load.seen.p50_ms, 1, PLAIN), 1)
+    wanted.most("errors of all servers", sum(load.seen.errors for all_of in loads.values() for load in all_of), 0)
+    plain_us, bare_us = (ratio(lambda load: load.cpu_us, 64, other) for other in (PLAIN, BARE))
+    print(f"64 connections: {1 / plain_us:.2f} x plain, {1 / bare_us:.2f} x bare by requests a processor second")
+    return median([load.seen for load in loads[OURS, 64]]).requests_s
+
+
+def constant(bench: Bench, peak: float | None) -> None:
+    """Send requests at fixed times, at a share of the peak (None: measure it first)."""
+    with bench.service() as ours:
+        if peak is None:
+            _tell("the peak")
+            peak = wrk(ours.port, 64, bench.script, seconds=bench.seconds).requests_s
+        rate = round(PEAK_SHARE * peak)
+        _tell(f"{rate:,} requests a second for {bench.constant_s} s")
+        open_loop(ours, rate, 2)
+        found = open_loop(ours, rate, bench.constant_s)
+    took_ms = found["latency_ms"].get("200", dict.fromkeys(("p50", "p99", "p99.9"), float("nan")))
+    print(
+        f"\n{rate:,} requests a second at fixed times ({PEAK_SHARE:.0%} of {peak:,.0f}) for {bench.constant_s} s: "
+        f"p50 {took_ms['p50']:.2f} ms; answers {found['counts']}"
+    )
+    bench.wanted.most("fixed arrivals: p99 ms", took_ms["p99"], 10)
+    bench.wanted.most("fixed arrivals: p99.9 ms", took_ms["p99.9"], 25)
+    bench.wanted.most("fixed arrivals: errors", found["requests"] - found["counts"].get("200", 0), 0)
+    bench.wanted.most("fixed arrivals: lag of the generator itself, p99 ms", found["lag_ms"]["p99"], LAG_LIMIT_MS)
+
+
+def open_loop(server: Server, rate: float, seconds: float) -> dict[str, Any]:
+    """What `loadtest.open_loop` says of scores at a fixed rate, from the generator's core."""
+    options = ["--rate", str(rate), "--seconds", str(seconds), "--visitors", str(VISITORS), "--json"]
+    ran = subprocess.run(
+        [sys.executable, "-m", "loadtest.open_loop", f"{server.url}/v1/score", *options],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: machine.pin(GENERATOR_CORE),
+    )
+    found: dict[str, Any] = json.loads(ran.stdout)
+    return found
+
+
+def workers(bench: Bench) -> None:
+    """Compare two workers on both cores, which wrk shares, with one worker on one core.
+
+    Redis runs beside the workers each time. Of the two cores wrk takes w (its processor seconds a second) and leaves
+    2 - w; with both to themselves the workers would answer 2 / (2 - w) times as many. What they leave idle counts
+    against them.
+    """
+    both, one_core = (SERVER_CORE, GENERATOR_CORE), (SERVER_CORE,)
+    ratios, errors = [], 0.0
+    print(f"\n{'':20} {'req/s':>8} {'p99 ms':>8} {'wrk CPU':>8} {'service CPU':>12} {'redis CPU':>10}")
+    with bench.service(1) as one, bench.service(2, both) as two:
+        for turn in range(ROUNDS):
+            _tell(f"round {turn + 1} of {ROUNDS}: one worker, two workers")
+            bench.redis.move(*one_core)
+            alone = loaded(bench, one, 64)
+            bench.redis.move(*both)
+            pair = loaded(bench, two, 64, both)
+            for label, load in (("1 worker, 1 core", alone), ("2 workers, 2 cores", pair)):
                 print(
-                    f"{who:15} {connections:>11} {found.requests_s:>8,.0f} {found.p50_ms:>8.2f} {found.p99_ms:>8.2f} "
-                    f"{found.errors:>7} {found.wrk_cpu:>8.0%}",
+                    f"{label:20} {load.seen.requests_s:>8,.0f} {load.seen.p99_ms:>8.2f} {load.seen.wrk_cpu:>8.0%} "
+                    f"{load.server_cpu:>12.0%} {load.redis_cpu:>10.0%}",
                     flush=True,
                 )
-    many, plain, bare = (seen[who, 64] for who in ("propensity", "plain service", "bare uvicorn"))
-    print(f"64 connections: {many.requests_s / plain.requests_s:.1f} x the plain service, ", end="")
-    print(
-        f"{many.requests_s / bare.requests_s:.2f} x bare uvicorn, p99 {many.p99_ms / plain.p99_ms:.2f} x the plain one"
-    )
-    one = seen["propensity", 1].p50_ms / seen["plain service", 1].p50_ms
-    print(f"1 connection: p50 {one:.2f} x the plain service")
-    return 1 if errors else 0
+            ratios.append(pair.seen.requests_s * 2 / (2 - pair.seen.wrk_cpu) / alone.seen.requests_s)
+            errors += alone.seen.errors + pair.seen.errors
+    bench.redis.move(*one_core)
+    print("two workers' req/s x 2 / (2 - wrk CPU) to one's, since wrk runs on their cores; median over the rounds")
+    bench.wanted.least("two workers to one", statistics.median(ratios), 1.7)
+    bench.wanted.most("two workers and one: errors", errors, 0)
+
+
+def _tell(doing: str) -> None:
+    print(f"  {doing} ...", file=sys.stderr, flush=True)
+
+
+def main(
+    parts: Annotated[list[Part] | None, typer.Argument(help="What to measure; everything if left out.")] = None,
+    quick: Annotated[bool, typer.Option(help="2 s instead of 5 a measurement, 10 s instead of 60.")] = False,
+) -> None:
+    """Measure, and exit with 1 where a wanted figure is missed or a request failed."""
+    if shutil.which("wrk") is None or shutil.which("redis-server") is None:
+        raise SystemExit("needs wrk and redis-server; on Debian: sudo apt-get install wrk redis-server")
+    print(machine.describe())
+    with prepared(2 if quick else 5, 10 if quick else 60) as bench:
+        chosen, peak, others = parts or list(Part), None, machine.Others()
+        if Part.COMPARE in chosen:
+            peak = compare(bench)
+        if Part.CONSTANT in chosen:
+            constant(bench, peak)
+        if Part.WORKERS in chosen:
+            workers(bench)
+        bench.wanted.most("cores that other processes kept busy meanwhile", others.cores(), MOST_OTHERS)
+    raise typer.Exit(1 if bench.wanted.missed else 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    typer.run(main)

@@ -1,9 +1,10 @@
-"""The machine a benchmark ran on, in one line."""
+"""The machine a benchmark runs on: what it is, which of its cores a process may use, and who else keeps them busy."""
 
 from __future__ import annotations
 
 import os
 import platform
+import time
 from pathlib import Path
 
 
@@ -17,7 +18,41 @@ def describe() -> str:
     return f"{models[0]}, {cores} of {os.cpu_count()} cores, load {load:.1f}, Python {python}"
 
 
-def pin(core: int) -> None:
-    """Keep this process, and those it starts, on one core, where the platform can."""
+def pin(*cores: int, pid: int = 0) -> None:
+    """Keep a process (0: this one), and those it starts from now on, on some cores, where the platform can."""
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {core})
+        os.sched_setaffinity(pid, cores)
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor seconds that a process and those it started have used; 0 if it is gone or the platform does not say."""
+    process = Path(f"/proc/{pid}")
+    try:
+        # The name stands in brackets and may hold spaces; then state is field 3, and utime, stime and those of
+        # children that have ended are fields 14 to 17 (proc(5)).
+        fields = (process / "stat").read_text().rpartition(")")[2].split()
+        children = [child for file in process.glob("task/*/children") for child in file.read_text().split()]
+    except OSError:
+        return 0.0
+    own = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    return own + sum(cpu_seconds(int(child)) for child in children)
+
+
+class Others:
+    """How much of the machine is taken by processes that this one did not start, from now on."""
+
+    def __init__(self) -> None:
+        self._since = self._now()
+
+    def cores(self) -> float:
+        """Cores that they kept busy on average; 0 where the platform does not say."""
+        busy_s, own_s, at = (now - then for now, then in zip(self._now(), self._since, strict=True))
+        return max((busy_s - own_s) / at, 0.0)
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        stat = Path("/proc/stat")
+        # user, nice, system, idle, iowait, irq, softirq, steal (proc(5))
+        fields = list(map(int, stat.read_text().split()[1:9])) if stat.exists() else [0] * 8
+        busy_s = (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
+        return busy_s, cpu_seconds(os.getpid()), time.monotonic()

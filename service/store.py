@@ -405,7 +405,7 @@ class Store:
         words = ("SCAN", cursor, "MATCH", f"{self._namespace}:[et]:{{*}}", "COUNT", count, "TYPE", "string")
         (reply,) = await self._servers.run_on(address, [words])
         following, keys = _granted(reply)
-        return int(following), [key.decode() for key in keys]
+        return int(following), [key.decode() for key in keys if key.isascii()]
 
     async def compact(self, keys: Sequence[str], now_ms: int, rest_ms: int = 0) -> int:
         """Store anew, in one piece and under one key, the visitors among `keys` that take more memory than they must.

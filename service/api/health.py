@@ -7,10 +7,12 @@ import asyncio
 from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from service import metrics
 from service.api.state import CurrentLifecycle, CurrentModels
+from service.errors import answers
 
 router = APIRouter(tags=["health"])
 
@@ -34,16 +36,12 @@ async def live() -> Live:
     return Live()
 
 
-@router.get(
-    "/readyz",
-    responses={503: {"model": Ready, "description": "It is about to end: `status` is `draining`."}},
-    summary="Should it get requests?",
-)
-async def ready(models: CurrentModels, lifecycle: CurrentLifecycle, response: Response) -> Ready:
-    """200 once everything is loaded, and 503 from the moment on that it was told to end."""
+@router.get("/readyz", responses=answers(503), summary="Should it get requests?")
+async def ready(models: CurrentModels, lifecycle: CurrentLifecycle) -> Ready:
+    """200 once everything is loaded, and 503 from the moment on that the service was told to end."""
     if lifecycle.draining:
-        response.status_code = 503
-    return Ready(status="draining" if lifecycle.draining else "ready", models=len(models.bundles))
+        raise HTTPException(503, "draining: the service was told to end; ask another one")
+    return Ready(models=len(models.bundles))
 
 
 @router.get(

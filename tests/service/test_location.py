@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from service import settings
 from service.core.errors import PropensityError
 from service.location import Kind, Location, parse
 
@@ -72,3 +73,9 @@ def test_a_password_is_not_repeated(url: str) -> None:
     with pytest.raises(PropensityError) as caught:
         parse(url)
     assert "secret" not in str(caught.value)
+
+
+def test_a_wrong_url_in_the_settings_is_told_the_same() -> None:
+    assert settings.load(redis_url="redis+sentinel://s1,s2/shop").redis_url == "redis+sentinel://s1,s2/shop"
+    with pytest.raises(PropensityError, match="PROPENSITY_REDIS_URL: the name of the master is missing"):
+        settings.load(redis_url="redis+sentinel://s1,s2")

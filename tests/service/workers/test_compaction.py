@@ -212,7 +212,8 @@ async def test_nothing_acknowledged_is_lost_while_passes_run(store: Store) -> No
 
 
 async def test_keys_of_others_are_left_alone(store: Store, direct: redis.Redis, namespace: str) -> None:
-    strange = {f"{namespace}-other:e:{{a}}": b"x" * 50, f"{namespace}:x:{{a}}": b"x" * 50}
+    names = [f"{namespace}-other:e:{{a}}", f"{namespace}:x:{{a}}", f"{namespace}:e:{{\xe9}}"]
+    strange = {name.encode("latin-1"): b"x" * 50 for name in names}
     for key, value in strange.items():
         direct.append(key, value)
         direct.append(key, value)
