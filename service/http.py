@@ -14,6 +14,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from service.api.express import Asked, ExpressLane
 from service.errors import Overloaded
+from service.lifecycle import CLOSE
 from service.scorer import Outcome, Waiting
 from service.scoring import Score, Timing
 
@@ -131,24 +132,25 @@ class Protocol(HttpToolsProtocol):
             self._data = b""
             self._write(200, self._lane.answer(outcome, timing, perf_counter() - asked.arrived))
             self.server_state.total_requests += 1
-            if self._is_last:
-                self.transport.close()
         else:  # the route knows what to say
             self._take_usual_way()
-        if self._early:
+        if self._early and not self.transport.is_closing():
             data, self._early = self._early, b""
             self.flow.resume_reading()
             self.data_received(data)
 
     def _write(self, status: int, rest: bytes) -> None:
         self.waiting_since = perf_counter()
-        usual = b"".join([b"%b: %b\r\n" % header for header in self.server_state.default_headers])
+        headers = self.server_state.default_headers  # a signal may change them at any moment
+        usual = b"".join([b"%b: %b\r\n" % header for header in headers])
         self.transport.write(b"".join([STATUS_LINE[status], usual, rest]))
+        if self._is_last or CLOSE in headers:
+            self.transport.close()
 
     def shutdown(self) -> None:
         """Close once the answer that is owed has been sent."""
         self._is_last = True
-        if self._asked is None:
+        if self._asked is None and not self._data:
             super().shutdown()
 
 

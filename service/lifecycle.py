@@ -20,7 +20,7 @@ import uvicorn
 
 from service import port
 
-_CLOSE: Final = (b"connection", b"close")
+CLOSE: Final = (b"connection", b"close")
 # How long the connections that clients have begun to make are waited for.
 _HANDSHAKE_S: Final = 0.2
 
@@ -61,8 +61,8 @@ class Server(uvicorn.Server):
         if not self._lifecycle.draining:
             self._lifecycle.draining = True
             self._ends_at = time.monotonic() + self._delay_s
-            self.config.encoded_headers.append(_CLOSE)
-            self.server_state.default_headers = [*self.server_state.default_headers, _CLOSE]
+            self.config.encoded_headers.append(CLOSE)
+            self.server_state.default_headers = [*self.server_state.default_headers, CLOSE]
 
     async def on_tick(self, counter: int) -> bool:
         """Whether it is time to take no more connections."""

@@ -282,7 +282,7 @@ class ServiceProcess:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = directory / f"service-{self.port}.log"
-        given = {"port": self.port, "deadline_ms": 2000, **settings}
+        given = {"port": self.port, "deadline_ms": 2000, "shutdown_delay_ms": 0, **settings}
         environment = {f"PROPENSITY_{name.upper()}": str(value) for name, value in given.items()}
         command = "from service.app import serve; from service.settings import Settings; serve(Settings())"
         with self.log.open("wb") as log:

@@ -17,7 +17,7 @@ from starlette.responses import Response
 
 from service import metrics
 from service.api import body, tensors
-from service.api.state import CurrentModels, CurrentScorer, CurrentSettings
+from service.api.state import CurrentLifecycle, CurrentModels, CurrentScorer, CurrentSettings
 from service.api.tensors import InferIn
 from service.core.bundle import Bundle
 from service.errors import InvalidInference, ModelNotReady, TooLarge
@@ -103,8 +103,10 @@ async def server_live() -> ServerLive:
 
 
 @router.get("/health/ready", responses=_answers(503), summary="Are all models ready?")
-async def server_ready(models: CurrentModels) -> ServerReady:
-    """200 if there is a model and none was refused."""
+async def server_ready(models: CurrentModels, lifecycle: CurrentLifecycle) -> ServerReady:
+    """200 if there is a model, none was refused, and the service was not told to end."""
+    if lifecycle.draining:
+        raise ModelNotReady("draining: the service was told to end; ask another one")
     if models.refused or not models.bundles:
         raise ModelNotReady("; ".join(models.refused.values()) or "no model is loaded")
     return ServerReady()

@@ -74,6 +74,7 @@ async def test_who_has_begun_a_request_can_end_it_after_connections_are_refused(
     requests = [
         post("/v1/events", {**EVENT, "userId": "slow"}),
         post("/v1/score/batch", {"visitors": [{"visitor_id": "slow"}]}),
+        post("/v1/score", {"visitor_id": "slow"}),
     ]
     begun = [await asyncio.open_connection("127.0.0.1", service.port) for _ in requests]
     for request, (_, writer) in zip(requests, begun, strict=True):
