@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-dev run test lint format examples load bench bench-features bench-training fresh-run lock image clean system again
+.PHONY: help setup setup-dev run test lint format examples load bench bench-features bench-ingest bench-memory bench-training faults fresh-run lock image clean system again
 
 BIN := .venv/bin
 PORT ?= 8000
@@ -27,6 +27,9 @@ run: .run/replayed | .run/trained ## From nothing to an answer: simulated shop, 
 test: .venv/.ready-dev system ## Install what the tests need, then check style and types and run every test
 	@$(MAKE) --no-print-directory lint
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -q
+
+faults: .venv/.ready-dev ## Give every fault of Redis, network and clients its full time, and print what was measured
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -q --timeout 300 tests/faults --full
 
 lint: .venv/.ready-dev ## Check style (ruff) and types (mypy, strict)
 	@$(BIN)/ruff format --quiet --check . || { echo "Run 'make format'." >&2; exit 1; }
@@ -61,6 +64,13 @@ bench: .venv/.ready-dev ## Compare scores a second with a plain service and with
 
 bench-features: .venv/.ready-dev ## Measure how many feature rows a core computes in a second
 	@$(BIN)/python -m loadtest.bench_features
+
+bench-ingest: .venv/.ready-dev ## Measure how many events a second a core takes
+	@$(MAKE) --no-print-directory system PROGRAMS="redis-server wrk"
+	@$(BIN)/python -m loadtest.bench_ingest
+
+bench-memory: .venv/.ready-dev ## Measure the memory of a million visitors, before and after compaction
+	@$(BIN)/python -m loadtest.bench_memory
 
 bench-training: .venv/.ready-dev ## Measure time and memory of simulating and of training on 1 and 20 million events
 	@$(BIN)/python -m loadtest.bench_training

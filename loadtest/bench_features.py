@@ -94,7 +94,9 @@ def command_rates() -> tuple[float, float]:
         point_in_time.write(files, SPEC, at, directory / "out.parquet")
         whole = time.perf_counter() - begun
         plan = shop_plan()
-        log = source.read(files, plan.spec, directory / "log")
+        workdir = directory / "log"
+        workdir.mkdir()
+        log = source.read(files, plan.spec, workdir)
         partition = log.partition(0)
         moments = np.repeat(NOW_MS - 3_600_000 * np.arange(MOMENTS), VISITORS)
         visitors = np.tile(partition.visitor_hash, MOMENTS)

@@ -38,6 +38,20 @@ def cpu_seconds(pid: int) -> float:
     return own + sum(cpu_seconds(int(child)) for child in children)
 
 
+def busy_seconds(*cores: int) -> float:
+    """Seconds that cores (none given: all of them together) have not been idle; 0 where the platform does not say."""
+    stat = Path("/proc/stat")
+    wanted = {f"cpu{core}" for core in cores} or {"cpu"}
+    found = 0.0
+    for line in stat.read_text().splitlines() if stat.exists() else ():
+        name, *rest = line.split()
+        if name in wanted:
+            # user, nice, system, idle, iowait, irq, softirq, steal (proc(5))
+            fields = list(map(int, rest[:8]))
+            found += (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
+    return found
+
+
 class Others:
     """How much of the machine is taken by processes that this one did not start, from now on."""
 
@@ -51,8 +65,4 @@ class Others:
 
     @staticmethod
     def _now() -> tuple[float, float, float]:
-        stat = Path("/proc/stat")
-        # user, nice, system, idle, iowait, irq, softirq, steal (proc(5))
-        fields = list(map(int, stat.read_text().split()[1:9])) if stat.exists() else [0] * 8
-        busy_s = (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
-        return busy_s, cpu_seconds(os.getpid()), time.monotonic()
+        return busy_seconds(), cpu_seconds(os.getpid()), time.monotonic()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
+import httpx2
 import numpy as np
 import pytest
 import redis
@@ -16,8 +18,10 @@ from service.core import events
 from service.core.events import RECORD_BYTES
 from service.errors import StoreError
 from service.history import MOST_EVENTS, History
+from service.scoring import unix_ms
 from service.store import Store
 from service.workers import compaction
+from tests.conftest import RedisServer, StartService
 
 pytestmark = pytest.mark.anyio
 
@@ -25,6 +29,8 @@ NOW_MS = 1_767_225_600_000
 DAY_MS = 86_400_000
 HOUR_MS = 3_600_000
 RETENTION_MS = 90 * DAY_MS
+# What differs between two answers about the same.
+MOMENTARY = ("score_id", "scored_at", "last_event_age_s")
 
 
 @pytest.fixture
@@ -160,7 +166,7 @@ async def test_what_is_appended_meanwhile_stays(
 
     monkeypatch.setattr(history, "fold", fold_slowly)
     await grow(store, "a", some(30), trait(1, 2.0))
-    assert await compact(store) == 1
+    assert await store.compact([store.keys("a")[0]], NOW_MS) == 1
     assert direct.get(store.keys("a")[1]) == trait(2, 7.0)
     assert await store.read(["a"]) == [
         History(some(30) + some(1, NOW_MS + 50, seed=9), trait(1, 2.0) + trait(2, 7.0)),
@@ -305,3 +311,41 @@ async def test_a_feature_cache_that_is_gone_is_waited_for(monkeypatch: pytest.Mo
             await compaction.run(store)
     assert asked > 2
     await store.close()
+
+
+def test_a_visitor_that_was_compacted_scores_as_before(
+    redis_server: RedisServer, start_service: StartService, artifacts: Path, namespace: str
+) -> None:
+    service = start_service(redis_url=redis_server.url, artifacts=artifacts, namespace=namespace)
+    service.wait_until_ready()
+
+    def features() -> object:
+        return httpx2.get(f"{service.url}/v1/visitors/anna").json()["features"]["shop"]
+
+    event = {"userId": "anna", "event": "Product Added", "properties": {"price": 9, "category": "shoes"}}
+    told = {"context": {"device": "mobile"}, "traits": {"loyalty": 3}}
+    for number in range(5):
+        httpx2.post(f"{service.url}/v1/events", json={**event, **told, "messageId": str(number)}).raise_for_status()
+    before = httpx2.post(f"{service.url}/v1/score", json={"visitor_id": "anna"}).json()
+    known = features()
+
+    async def compact_all() -> int:
+        store = Store.open(redis_server.url, namespace=namespace, retention_ms=RETENTION_MS)
+        try:
+            return sum([page.stored_anew async for page in compaction.pages(store, 100, 0, unix_ms)])
+        finally:
+            await store.close()
+
+    assert asyncio.run(compact_all()) == 1
+    with redis.Redis.from_url(redis_server.url) as direct:
+        assert direct.exists(f"{namespace}:t:{{anna}}") == 0
+        assert direct.strlen(f"{namespace}:e:{{anna}}") == 7 * RECORD_BYTES
+    after = httpx2.post(f"{service.url}/v1/score", json={"visitor_id": "anna"}).json()
+    assert {**after, **dict.fromkeys(MOMENTARY, 0)} == {**before, **dict.fromkeys(MOMENTARY, 0)}
+    now = features()
+    assert isinstance(known, dict)
+    assert isinstance(now, dict)
+    assert {name: value for name, value in now.items() if name != "since_view"} == {
+        name: value for name, value in known.items() if name != "since_view"
+    }
+    assert (now["device"], now["loyalty"], now["carts_7d"]) == (0, 3, 5)
