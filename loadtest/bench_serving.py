@@ -266,15 +266,14 @@ def workers(bench: Bench) -> None:
             for label, load in (("1 worker, 1 core", alone), ("2 workers, 2 cores", pair)):
                 print(
                     f"{label:20} {load.seen.requests_s:>8,.0f} {load.seen.p99_ms:>8.2f} {load.seen.wrk_cpu:>8.0%} "
-                    f"{load.server_cpu:>12.0%} {load.redis_cpu:>10.0%} {load.other_cpu:>11.0%} {load.undivided:>16,.0f}",
+                    f"{load.server_cpu:>12.0%} {load.redis_cpu:>10.0%} {load.other_cpu:>11.0%} "
+                    f"{load.undivided:>16,.0f}",
                     flush=True,
                 )
             ratios.append(pair.undivided / alone.undivided)
             errors += alone.seen.errors + pair.seen.errors
     bench.redis.move(SERVER_CORE)
-    print(
-        "others: on the cores of the service, wrk among them where it shares these; undivided: with their share taken out"
-    )
+    print("others: on the service's cores, wrk among them where it shares these; undivided: with their share taken out")
     bench.wanted.least("two workers to one, undivided", statistics.median(ratios), 1.7)
     bench.wanted.most("two workers and one: errors", errors, 0)
 

@@ -17,6 +17,7 @@ import hiredis
 from service.errors import StoreError
 
 Values = list[Any]
+_VALUES = frozenset({bytes, type(None)})
 
 
 def _packed(*words: str) -> bytes:
@@ -159,7 +160,9 @@ class _Connection(asyncio.Protocol):
             self._refuse(None)
         else:
             answer, count = self._answers.popleft()
-            if refusal is None and not (isinstance(reply, list) and len(reply) == count):
+            if refusal is None and not (
+                isinstance(reply, list) and len(reply) == count and _VALUES.issuperset(map(type, reply))
+            ):
                 self._answers.appendleft((answer, count))
                 self._refuse(None)
             elif answer.done():

@@ -135,6 +135,18 @@ async def test_an_answer_of_another_length_is_not_taken_for_values(count: int) -
         reader.close()
 
 
+async def test_values_of_another_type_are_not_taken() -> None:
+    async def answer(stream: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await stream.read(100)
+        writer.write(b"*2\r\n:1\r\n$1\r\nx\r\n")
+
+    async with listening(answer) as endpoint:
+        reader = reader_of(endpoint)
+        with pytest.raises(StoreError):
+            await reader.mget(["a", "b"])
+        reader.close()
+
+
 async def test_a_server_that_never_answers_is_given_up_with_what_it_owes() -> None:
     async def stay(stream: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await stream.read()
