@@ -27,7 +27,7 @@ from service.api.express import ExpressLane
 from service.api.state import State
 from service.api.tensors import InferIn
 from service.http import KEEP_ALIVE_S, Protocol, close_stalled
-from service.lifecycle import Lifecycle, Server
+from service.lifecycle import Lifecycle, Server, cancel
 from service.metrics import RequestTimer
 from service.score_log import ScoreLog
 from service.scorer import Scorer
@@ -173,9 +173,7 @@ async def open_state(settings: Settings, lifecycle: Lifecycle) -> AsyncIterator[
                 lifecycle=lifecycle,
             )
         finally:
-            for chore in chores:
-                chore.cancel()
-            await asyncio.wait(chores)
+            await cancel(*chores)
             scorer.close()
             await log.close()
             gc.unfreeze()

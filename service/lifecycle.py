@@ -31,6 +31,14 @@ class Lifecycle:
     draining: bool = False
 
 
+async def cancel(*tasks: asyncio.Task[None]) -> None:
+    """Return when the tasks have ended; one that was cancelled in a library may have to be told again."""
+    while pending := [task for task in tasks if not task.done()]:
+        for task in pending:
+            task.cancel()
+        await asyncio.wait(pending, timeout=0.5)
+
+
 class Server(uvicorn.Server):
     """Uvicorn's server with an end of its own. `on_ready` is called once, when it has begun to listen."""
 

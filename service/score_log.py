@@ -11,6 +11,7 @@ from typing import Final
 
 from service import metrics
 from service.errors import StoreError
+from service.lifecycle import cancel
 from service.store import Store
 
 # Scores of one entry of the stream.
@@ -42,8 +43,7 @@ class ScoreLog:
     async def close(self) -> None:
         """Write what is held, if the feature cache takes it."""
         if self._writing is not None:
-            self._writing.cancel()
-            await asyncio.wait([self._writing])
+            await cancel(self._writing)
             if not await self._write():
                 metrics.score_log("dropped").inc(len(self._held))
 

@@ -361,8 +361,11 @@ def evaluate(
         broken += block.broken
     for column, part, offset_ms in plan.clocks:
         out[:, column] = _clock(part, now_ms + offset_ms)
-    if traits is not None and trait_starts is not None and len(traits) and len(plan.trait_columns):
-        out[:, plan.trait_columns] = _trait_values(plan, traits, trait_starts, now_ms)
+    if traits is not None and trait_starts is not None and len(traits):
+        sound = events.valid(traits)
+        broken += len(sound) - int(np.count_nonzero(sound))
+        if len(plan.trait_columns):
+            out[:, plan.trait_columns] = _trait_values(plan, traits, sound, trait_starts, now_ms)
     if request is not None and len(plan.request_columns):
         out[:, plan.request_columns] = request
     out += _ZERO  # -0.0 becomes 0.0: which came first must not show
@@ -540,8 +543,8 @@ def _clock(part: str, local_ms: Ints) -> Ints:
     return np.asarray(months.astype(np.int64) % 12 + 1)
 
 
-def _trait_values(plan: Plan, traits: Records, starts: Ints, now_ms: Ints) -> npt.NDArray[np.float32]:
-    """float32[n, T]: the latest known value of each trait at `now_ms`, coded; NaN without one."""
+def _trait_values(plan: Plan, traits: Records, sound: Bools, starts: Ints, now_ms: Ints) -> npt.NDArray[np.float32]:
+    """float32[n, T]: the latest known value of each trait at `now_ms`, coded; NaN without one that is sound."""
     counts, rows = starts[1:] - starts[:-1], len(now_ms)
     row = np.arange(rows).repeat(counts)
     ids = traits["id"]
@@ -549,7 +552,7 @@ def _trait_values(plan: Plan, traits: Records, starts: Ints, now_ms: Ints) -> np
     keep = plan.trait_ids.take(place, mode="clip") == ids
     keep &= traits["kind"] >= _TRAIT_NUMBER
     keep &= traits["ts_ms"] <= now_ms.repeat(counts)
-    keep &= events.valid(traits)
+    keep &= sound
     if np.count_nonzero(keep) < len(keep):
         traits, row, place = traits[keep], row[keep], place[keep]
         if not len(traits):
