@@ -57,6 +57,7 @@ async def test_a_killed_cache_costs_nobody_an_answer_and_is_used_again_when_it_i
     )
 
 
+@pytest.mark.usefixtures("full")
 async def test_a_hanging_cache_is_left_alone_until_it_moves_again(
     serve: Serve, filled_redis: RedisServer, span: Span, note: Note
 ) -> None:

@@ -71,6 +71,7 @@ async def slow_clients(port: int) -> AsyncIterator[None]:
         await asyncio.wait(tasks)
 
 
+@pytest.mark.usefixtures("full")
 async def test_five_hundred_slow_clients_slow_nobody_else(
     serve: Serve, filled_redis: RedisServer, span: Span, note: Note
 ) -> None:
