@@ -6,9 +6,11 @@ import asyncio
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -177,6 +179,13 @@ serve(load())
 """
 
 
+def listens(port: int) -> bool:
+    """Whether connections are taken."""
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False
+
+
 async def test_where_a_port_cannot_be_spread_the_workers_share_a_socket(
     artifacts: Path, embedded_server: EmbeddedServer, tmp_path: Path
 ) -> None:
@@ -187,6 +196,7 @@ async def test_where_a_port_cannot_be_spread_the_workers_share_a_socket(
     process = subprocess.Popen([sys.executable, "-c", SHARED], cwd=tmp_path, env={**os.environ, **environment})
     try:
         wait_until(lambda: len(list(tmp_path.glob("gauge_livemax_*.db"))) == 2)
+        wait_until(lambda: listens(port))
         callers = Callers(port)
         calling = asyncio.create_task(callers.call())
         await asyncio.to_thread(wait_until, lambda: sum(served(tmp_path).values()) > 50)
