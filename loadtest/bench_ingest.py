@@ -22,7 +22,7 @@ import numpy as np
 
 from loadtest import machine
 from loadtest.bench_features import SPEC
-from loadtest.population import VISITORS, histories, matrix_of, write_bundle
+from loadtest.population import RETENTION_MS, VISITORS, histories, matrix_of, write_bundle
 from loadtest.servers import Server, free_port, running
 from loadtest.wrk import wrk
 from service.core import features
@@ -82,7 +82,7 @@ class Ingested:
 async def fill(url: str, kept: Mapping[str, History]) -> None:
     """Put histories into the feature cache, each with as many records of the device as visitors have on the way."""
     rng = np.random.default_rng(3)
-    store = Store.open(url, namespace="p", retention_ms=86_400_000, timeout_ms=10_000)
+    store = Store.open(url, namespace="p", retention_ms=RETENTION_MS, timeout_ms=10_000)
     grown = {
         name: history._replace(traits=history.traits * int(rng.integers(1, MOST_TRAIT_BYTES // RECORD_BYTES)))
         for name, history in kept.items()

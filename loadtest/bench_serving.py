@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import json
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -297,6 +298,7 @@ def main(
     if shutil.which("wrk") is None or shutil.which("redis-server") is None:
         raise SystemExit("needs wrk and redis-server; on Debian: sudo apt-get install wrk redis-server")
     print(machine.describe())
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception it ends the servers too
     with prepared(2 if quick else 5, 10 if quick else 60) as bench:
         chosen, peak, others = parts or list(Part), None, machine.Others()
         if Part.COMPARE in chosen:

@@ -22,6 +22,8 @@ from training.fit import Fitted
 VISITORS: Final = 10_000
 TREES: Final = 300
 LEAVES: Final = 31
+# As the service has it: visitors who were written to just now are not at rest.
+RETENTION_MS: Final = (90 + 7) * 86_400_000
 
 Matrix = np.ndarray[tuple[int, int], np.dtype[np.float32]]
 
@@ -86,7 +88,7 @@ def write_bundle(directory: Path, plan: Plan, matrix: Matrix) -> None:
 
 async def fill(url: str, kept: Mapping[str, History], matrix: Matrix) -> None:
     """Put histories under the service's keys, and vectors under those of the plain service."""
-    store = Store.open(url, namespace="p", retention_ms=86_400_000, timeout_ms=10_000)
+    store = Store.open(url, namespace="p", retention_ms=RETENTION_MS, timeout_ms=10_000)
     names = list(kept)
     for first in range(0, len(names), 500):
         await store.append({name: kept[name] for name in names[first : first + 500]}, NOW_MS)
