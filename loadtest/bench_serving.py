@@ -1,11 +1,12 @@
 """Scores a second and their latency: this service, a plain one, and bare uvicorn, in one run on pinned cores.
 
 Server and Redis share one core, the generator has the other. 24 features from the events of 10,000 visitors, 300 trees
-of 31 leaves; the service runs as shipped. The plain service reads a ready-made vector instead. Three parts:
+of 31 leaves; the service runs as shipped. The plain service reads a ready-made vector instead. Four parts:
 
 compare   wrk with 64 connections and with one, against each server in turn, several rounds; ratios within a round.
 constant  requests at fixed times at 60 % of the peak, whatever the answers do.
 workers   two workers on both cores against one on one core.
+ingest    events in batches of 100, see `bench_ingest`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import typer
 
 from loadtest import machine, population
 from loadtest.bench_features import shop_plan
+from loadtest.bench_ingest import ingest
 from loadtest.open_loop import LAG_LIMIT_MS
 from loadtest.population import VISITORS, histories, matrix_of, write_bundle
 from loadtest.servers import GENERATOR_CORE, ROOT, SERVER_CORE, Server, free_port, running, running_on
@@ -71,6 +73,7 @@ class Part(StrEnum):
     COMPARE = "compare"
     CONSTANT = "constant"
     WORKERS = "workers"
+    INGEST = "ingest"
 
 
 @dataclass
@@ -307,6 +310,8 @@ def main(
             constant(bench, peak)
         if Part.WORKERS in chosen:
             workers(bench)
+        if Part.INGEST in chosen:
+            ingest(bench.wanted)
         bench.wanted.most("cores that other processes kept busy meanwhile", others.cores(), MOST_OTHERS)
     raise typer.Exit(1 if bench.wanted.missed else 0)
 

@@ -141,9 +141,8 @@ class Protocol(HttpToolsProtocol):
 
     def _write(self, status: int, rest: bytes) -> None:
         self.waiting_since = perf_counter()
-        headers = self.server_state.default_headers  # a signal may change them at any moment
-        usual = b"".join([b"%b: %b\r\n" % header for header in headers])
-        self.transport.write(b"".join([STATUS_LINE[status], usual, rest]))
+        headers = self.server_state.default_headers  # another list each second, and when a signal comes
+        self.transport.write(b"".join([STATUS_LINE[status], self._lane.usual_headers(headers), rest]))
         if self._is_last or CLOSE in headers:
             self.transport.close()
 

@@ -17,6 +17,7 @@ from service.breaker import Breaker, State
 from service.errors import Overloaded, ServiceError
 from service.history import History, unfold
 from service.models import Models
+from service.pace import Pace
 from service.reader import Values
 from service.scoring import Batch, Score, Scored, ScoreFailure, ScoreRequest, Timing, unix_ms
 from service.servers import UNREAD
@@ -24,8 +25,6 @@ from service.store import Store
 
 logger = logging.getLogger(__name__)
 
-# Visitors that are read and scored in one go. Between two goes other requests have their turn.
-GROUP: Final = 100
 # How long a group waits for the one before it to be read.
 PATIENCE_S: Final = 0.002
 # The loop's timers count milliseconds and may be that early.
@@ -64,8 +63,9 @@ class Scorer:
     """Scores visitors. One per process.
 
     What arrives in one turn of the loop is taken up together, with one read, one call of the kernel and one of the
-    model; what arrives while a group is being read goes next, together. A read that hangs holds up nobody: the next
-    group leaves after PATIENCE_S, each request is answered at its deadline, and the breaker ends the asking.
+    model; what arrives while a group is being read goes next, together. A group is no larger than what is scored in a
+    few milliseconds, and who could not be answered in time is refused at once. A read that hangs holds up nobody: the
+    next group leaves after PATIENCE_S, each request is answered at its deadline, and the breaker ends the asking.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Scorer:
         *,
         deadline_ms: float,
         max_deadline_ms: float = 1000,
-        queue_length: int = 256,
+        queue_length: int = 1024,
         breaker_failures: int = 5,
         breaker_pause_ms: float = 1000,
         now_ms: Callable[[], int] = unix_ms,
@@ -84,8 +84,9 @@ class Scorer:
         self._deadline_s, self._max_deadline_s = deadline_ms / 1000, max_deadline_ms / 1000
         self._queue_length, self._pause_s = queue_length, breaker_pause_ms / 1000
         self._queue: deque[Waiting] = deque()
+        self._pace = Pace()
         self._waiting = 0
-        self._flights = 0
+        self._flights: set[_Flight] = set()
         self._turn: asyncio.Handle | None = None
         self._trial: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
@@ -109,18 +110,16 @@ class Scorer:
 
     def submit(self, request: ScoreRequest, deliver: Deliver, timeout_ms: float | None = None) -> Waiting:
         """Call `deliver` with the score of a request, soon and once. Raises Overloaded if too many wait."""
-        if self._waiting >= self._queue_length:
+        allowed_s = self._allowed_s(timeout_ms)
+        if self._waiting >= self._queue_length or not self._pace.is_in_time(self._waiting, allowed_s):
             metrics.shed("queue").inc()
             raise Overloaded("too many scores wait; try again in a second")
         now = perf_counter()
-        waiting = Waiting(request, deliver, now, now + self._allowed_s(timeout_ms), True)
+        waiting = Waiting(request, deliver, now, now + allowed_s, True)
         self._waiting += 1
         self._queue.append(waiting)
         if self._turn is None:
-            if self._flights == 0:
-                self._turn = self._loop.call_soon(self._take_up)
-            else:
-                self._turn = self._loop.call_later(PATIENCE_S, self._take_up)
+            self._schedule()
         return waiting
 
     async def score_one(self, request: ScoreRequest, timeout_ms: float | None = None) -> tuple[Outcome, Timing]:
@@ -136,12 +135,13 @@ class Scorer:
         """The score of each request, in order; they go in groups of their own, one after the other."""
         outcomes: list[Outcome] = []
         deadline = perf_counter() + self._allowed_s(timeout_ms)
-        for first in range(0, len(requests), GROUP):
-            outcomes += await self._score_group(requests[first : first + GROUP], deadline)
+        while len(outcomes) < len(requests):
+            first = len(outcomes)
+            outcomes += await self._score_group(requests[first : first + self._pace.group], deadline)
         return outcomes
 
     async def _score_group(self, requests: Sequence[ScoreRequest], deadline: float) -> list[Outcome]:
-        """The scores of up to GROUP requests, which do not stand in the queue."""
+        """The scores of a group of requests, which do not stand in the queue."""
         now = perf_counter()
         answers: list[asyncio.Future[tuple[Outcome, Timing]]] = [self._loop.create_future() for _ in requests]
         self._send(
@@ -156,9 +156,23 @@ class Scorer:
         return self._deadline_s if timeout_ms is None else min(timeout_ms / 1000, self._max_deadline_s)
 
     def _take_up(self) -> None:
+        """Send the next group. Who stays behind goes when it has been read, or without waiting for that."""
         self._turn = None
-        while self._queue:
-            self._send([self._queue.popleft() for _ in range(min(len(self._queue), GROUP))])
+        self._send([self._queue.popleft() for _ in range(min(len(self._queue), self._pace.group))])
+        if self._queue:
+            self._schedule()
+
+    def _schedule(self) -> None:
+        if not self._flights:
+            self._turn = self._loop.call_soon(self._take_up)
+        else:
+            self._turn = self._loop.call_later(PATIENCE_S, self._lose_patience)
+
+    def _lose_patience(self) -> None:
+        """Send the next group, unless one has been read and is about to land, while the loop was held up."""
+        self._turn = None
+        if not any(flight.read.done() for flight in self._flights):
+            self._take_up()
 
     def _send(self, group: list[Waiting]) -> None:
         """Ask for the histories of a group."""
@@ -181,7 +195,7 @@ class Scorer:
             return
         flight = _Flight(staying, read, now_ms, now)
         flight.judged = max(now + self._deadline_s, max(one.deadline for one in staying))
-        self._flights += 1
+        self._flights.add(flight)
         self._set_timer(flight)
         read.add_done_callback(lambda _: self._land(flight))
 
@@ -207,11 +221,12 @@ class Scorer:
 
     def _land(self, flight: _Flight) -> None:
         """Score a group with what was read for it; a read that was cancelled has been judged already."""
-        self._flights -= 1
+        self._flights.discard(flight)
         if flight.timer is not None:
             flight.timer.cancel()
-        if self._turn is not None:
-            self._turn.cancel()
+        if self._queue:
+            if self._turn is not None:
+                self._turn.cancel()
             self._take_up()
         values: Values | None = None
         if not flight.read.cancelled():
@@ -248,7 +263,8 @@ class Scorer:
 
     def _finish(self, group: Sequence[Waiting], values: Values | None, now_ms: int, started: float) -> None:
         """Score a group and deliver; a bug is delivered to all of it that it kept from a score."""
-        store_s = perf_counter() - started
+        read = perf_counter()
+        store_s = read - started
         metrics.stage("store").observe(store_s)
         try:
             for name, members, histories in _by_model(group, values):
@@ -263,6 +279,7 @@ class Scorer:
             for one in group:
                 if not one.is_done:
                     self._deliver(one, error, Timing())
+        self._pace.learn(len(group), perf_counter() - read)
 
     def _score(self, name: str | None, batch: Batch) -> Scored:
         try:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Annotated, Final, NamedTuple
 
 import numpy as np
@@ -22,7 +22,7 @@ from pydantic import Field
 from service import metrics
 from service.core import events, features, segments
 from service.core.bundle import Bundle
-from service.core.events import FLOAT32_END, RECORD_BYTES, Records
+from service.core.events import FLOAT32_END
 from service.core.features import Plan
 from service.core.segments import SEGMENTS
 from service.core.spec import Feature, Request, Trait
@@ -129,7 +129,13 @@ class Activity(NamedTuple):
 
 def iso_8601(ms: int) -> str:
     """A moment in UTC with milliseconds, as RFC 3339 writes it."""
-    return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    second, rest = divmod(ms, 1000)
+    return f"{_whole_second(second)}.{rest:03}Z"
+
+
+@lru_cache(maxsize=4)  # the same one for all that is scored within it
+def _whole_second(unix_s: int) -> str:
+    return datetime.fromtimestamp(unix_s, UTC).replace(tzinfo=None).isoformat()
 
 
 def score_by_model(bundle: Bundle, batch: Batch) -> Scored:
@@ -191,11 +197,14 @@ def score_by_rule(name: str | None, batch: Batch) -> Scored:
 
 
 def _count(answers: Sequence[Score | ScoreFailure], name: str, version: str, degraded: Sequence[str]) -> None:
-    given = Counter(answer.segment for answer in answers if isinstance(answer, Score))
+    given: dict[str, int] = {}
+    for answer in answers:
+        if isinstance(answer, Score):
+            given[answer.segment] = given.get(answer.segment, 0) + 1
     for segment, times in given.items():
         metrics.scores(name, version, segment).inc(times)
     for reason in degraded:
-        metrics.degraded(reason).inc(given.total())
+        metrics.degraded(reason).inc(sum(given.values()))
 
 
 def _uuids(count: int) -> Iterator[str]:
@@ -213,17 +222,12 @@ def evaluate(
     plan: Plan, histories: Sequence[History], now_ms: int, contexts: Sequence[Mapping[str, object]]
 ) -> features.Evaluated:
     """The features of n visitors at one moment, each with the context of its request."""
-    records, starts = _joined([history.events for history in histories])
-    traits, trait_starts = _joined([history.traits for history in histories])
-    moments = np.full(len(histories), now_ms, np.int64)
+    records, starts = events.join([history.events for history in histories])
+    traits, trait_starts = events.join([history.traits for history in histories])
+    moments = np.empty(len(histories), np.int64)
+    moments.fill(now_ms)
     request = np.array([plan.encode_request(context) for context in contexts], np.float32)
     return features.evaluate(plan, records, starts, moments, traits, trait_starts, request)
-
-
-def _joined(blobs: Sequence[bytes]) -> tuple[Records, npt.NDArray[np.int64]]:
-    sizes = [len(blob) // RECORD_BYTES for blob in blobs]
-    whole = b"".join(blob[: size * RECORD_BYTES] for blob, size in zip(blobs, sizes, strict=True))
-    return events.from_bytes(whole), np.cumsum([0, *sizes])
 
 
 def _override(plan: Plan, matrix: Matrix, requests: Sequence[ScoreRequest]) -> dict[int, ScoreFailure]:

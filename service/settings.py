@@ -89,8 +89,8 @@ class Settings(BaseSettings):
         "cache has a core of its own.",
     )
     queue_length: Positive = Field(
-        256,
-        description="Scores that may wait in a worker; beyond them 429. More than it scores in deadline_ms is late.",
+        1024,
+        description="Scores that may wait in a worker; beyond them 429, and sooner where the last ones would be late.",
     )
     in_flight: Positive = Field(
         256, description="Other requests that a worker handles at once; beyond them 429. Each may hold a body_bytes."

@@ -44,6 +44,8 @@ class ExpressLane:
         self.scorer, self._log, self._body_bytes = scorer, log, body_bytes
         self.connections: set[Any] = set()
         self._heads: dict[bytes, _Head | None] = {}
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._header_bytes = b""
         self._seconds = metrics.REQUEST_SECONDS.labels(PATH, "POST", 200)
         self._refused_seconds = metrics.REQUEST_SECONDS.labels(PATH, "POST", 429)
 
@@ -76,6 +78,12 @@ class ExpressLane:
             self._heads.clear()
         head = self._heads[raw] = _plain_head(raw, self._body_bytes)
         return head
+
+    def usual_headers(self, headers: list[tuple[bytes, bytes]]) -> bytes:
+        """The bytes of headers that every answer has; made once for each list of them."""
+        if headers is not self._headers:
+            self._headers, self._header_bytes = headers, b"".join([b"%b: %b\r\n" % header for header in headers])
+        return self._header_bytes
 
     def answer(self, score: Score, timing: Timing, seconds: float) -> bytes:
         """Headers from the content type on, and the body; the score is logged and its time counted."""

@@ -282,16 +282,11 @@ def golden_vectors(plan: Plan, cases: Sequence[Golden]) -> npt.NDArray[np.float3
     """float32[n, F]: the features of golden cases, computed now."""
     return features.matrix(
         plan,
-        *_joined([case.records for case in cases]),
+        *events.join([case.records for case in cases]),
         np.array([case.now_ms for case in cases], np.int64),
-        *_joined([case.traits for case in cases]),
+        *events.join([case.traits for case in cases]),
         np.array([plan.encode_request(case.request) for case in cases], np.float32),
     )
-
-
-def _joined(blobs: Sequence[bytes]) -> tuple[events.Records, npt.NDArray[np.int64]]:
-    parts = [events.from_bytes(blob) for blob in blobs]
-    return np.concatenate(parts), np.cumsum([0, *map(len, parts)])
 
 
 def _verify_golden(bundle: Bundle) -> None:

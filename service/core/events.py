@@ -22,7 +22,6 @@ RECORD: Final = np.dtype(
     ]
 )
 RECORD_BYTES: Final = RECORD.itemsize
-_BYTES_ARRAY: Final = np.array(RECORD_BYTES)
 
 # Kinds of trait records; the catalogue of a feature spec uses 1 ... MAX_KIND.
 TRAIT_NUMBER: Final = 65534
@@ -133,10 +132,11 @@ def from_bytes(blob: bytes) -> Records:
 
 def join(blobs: Sequence[bytes]) -> tuple[Records, npt.NDArray[np.int64]]:
     """RECORD[E], the records of all blobs, torn tails left out; int64[n + 1], where those of each blob start."""
-    starts = np.fromiter(accumulate(map(len, blobs), initial=0), np.int64, len(blobs) + 1)
-    if np.count_nonzero(starts % _BYTES_ARRAY):
-        return join([blob[: len(blob) // RECORD_BYTES * RECORD_BYTES] for blob in blobs])
-    return np.frombuffer(b"".join(blobs), RECORD), starts // _BYTES_ARRAY
+    starts = list(accumulate([len(blob) // RECORD_BYTES for blob in blobs], initial=0))
+    whole = b"".join(blobs)
+    if len(whole) != starts[-1] * RECORD_BYTES:
+        whole = b"".join([blob[: len(blob) // RECORD_BYTES * RECORD_BYTES] for blob in blobs])
+    return np.frombuffer(whole, RECORD), np.array(starts)
 
 
 def canonical_order(array: Records, row: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.int64]:

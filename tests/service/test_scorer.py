@@ -16,8 +16,9 @@ from service import models
 from service.core import events
 from service.errors import Overloaded, UnknownModel
 from service.models import Models
+from service.pace import GROUP
 from service.reader import Values
-from service.scorer import GROUP, Outcome, Scorer
+from service.scorer import Outcome, Scorer
 from service.scoring import Score, ScoreFailure, ScoreRequest, Timing
 from service.store import History, Store
 from tests.conftest import DAY_MS, SHOP, RedisServer, WriteBundle
