@@ -157,9 +157,12 @@ async def _closed_loop(port: int, questions: list[bytes], seconds: float) -> flo
 async def _ask_whether_it_lives(port: int, found_ms: list[float]) -> None:
     loop = asyncio.get_running_loop()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    while True:
-        asked = loop.time()
-        status, raw = await exchange(reader, writer, b"GET /livez HTTP/1.1\r\nHost: shop\r\n\r\n")
-        assert status == 200, raw
-        found_ms.append((loop.time() - asked) * 1000)
-        await asyncio.sleep(0.1)
+    try:
+        while True:
+            asked = loop.time()
+            status, raw = await exchange(reader, writer, b"GET /livez HTTP/1.1\r\nHost: shop\r\n\r\n")
+            assert status == 200, raw
+            found_ms.append((loop.time() - asked) * 1000)
+            await asyncio.sleep(0.1)
+    finally:
+        writer.close()
