@@ -132,11 +132,15 @@ class Scorer:
             waiting.is_gone = True
 
     async def score(self, requests: Sequence[ScoreRequest], timeout_ms: float | None = None) -> list[Outcome]:
-        """The score of each request, in order; they go in groups of their own, one after the other."""
+        """The score of each request, in order; they go in groups of their own, one after the other.
+
+        Each group has the usual time, or all have `timeout_ms` together.
+        """
         outcomes: list[Outcome] = []
-        deadline = perf_counter() + self._allowed_s(timeout_ms)
+        until = None if timeout_ms is None else perf_counter() + self._allowed_s(timeout_ms)
         while len(outcomes) < len(requests):
             first = len(outcomes)
+            deadline = perf_counter() + self._deadline_s if until is None else until
             outcomes += await self._score_group(requests[first : first + self._pace.group], deadline)
         return outcomes
 

@@ -113,6 +113,31 @@ async def test_requests_that_wait_together_are_read_together(
     assert sizes == [GROUP, GROUP, 50]
 
 
+async def test_of_a_batch_each_group_has_the_usual_time_and_all_have_what_the_client_gives(
+    store: Store, loaded: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask, loop = store.ask, asyncio.get_running_loop()
+
+    def slow(visitor_ids: Sequence[str]) -> asyncio.Future[Values]:
+        later: asyncio.Future[Values] = loop.create_future()
+
+        def give(read: asyncio.Future[Values]) -> None:
+            loop.call_later(0.08, lambda: later.cancelled() or later.set_result(read.result()))
+
+        ask(visitor_ids).add_done_callback(give)
+        return later
+
+    monkeypatch.setattr(store, "ask", slow)
+    scorer = scorer_of(store, loaded, deadline_ms=200, max_deadline_ms=200)
+    requests = [ScoreRequest(f"v{row}") for row in range(5 * GROUP)]
+    missing = [outcome.degraded for outcome in await scorer.score(requests) if isinstance(outcome, Score)]
+    assert missing == [[]] * len(requests)
+    hurried = await scorer.score(requests, 200)
+    missing = [outcome.degraded for outcome in hurried if isinstance(outcome, Score)]
+    assert missing[0] == []
+    assert missing[-1] == ["store"]
+
+
 async def test_a_group_of_several_models_gives_each_its_own(
     store: Store, tmp_path: Path, write_bundle: WriteBundle
 ) -> None:
