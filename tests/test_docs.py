@@ -466,6 +466,14 @@ def test_a_broken_link_is_recognised(target: str) -> None:
     assert broken("README.md", target)
 
 
+def test_every_picture_is_one() -> None:
+    pictures = [path for path in (ROOT / "docs").rglob("*") if path.suffix in (".png", ".svg")]
+    assert pictures
+    for path in pictures:
+        begin = path.read_bytes()[:400]
+        assert begin.startswith(b"\x89PNG\r\n\x1a\n") if path.suffix == ".png" else b"<svg" in begin, path.name
+
+
 def test_every_page_can_be_reached_from_the_readme() -> None:
     seen, pending = set(), ["README.md"]
     while pending:
