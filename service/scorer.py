@@ -134,7 +134,7 @@ class Scorer:
     async def score(self, requests: Sequence[ScoreRequest], timeout_ms: float | None = None) -> list[Outcome]:
         """The score of each request, in order; they go in groups of their own, one after the other.
 
-        Each group has the usual time, or all have `timeout_ms` together.
+        Each group has the usual time until one has needed all of it, or all have `timeout_ms` together.
         """
         outcomes: list[Outcome] = []
         until = None if timeout_ms is None else perf_counter() + self._allowed_s(timeout_ms)
@@ -142,6 +142,8 @@ class Scorer:
             first = len(outcomes)
             deadline = perf_counter() + self._deadline_s if until is None else until
             outcomes += await self._score_group(requests[first : first + self._pace.group], deadline)
+            if perf_counter() >= deadline:
+                until = deadline
         return outcomes
 
     async def _score_group(self, requests: Sequence[ScoreRequest], deadline: float) -> list[Outcome]:

@@ -121,8 +121,12 @@ async def test_of_a_batch_each_group_has_the_usual_time_and_all_have_what_the_cl
     def slow(visitor_ids: Sequence[str]) -> asyncio.Future[Values]:
         later: asyncio.Future[Values] = loop.create_future()
 
+        def answer(read: asyncio.Future[Values]) -> None:
+            if not later.cancelled():
+                later.set_result(read.result())
+
         def give(read: asyncio.Future[Values]) -> None:
-            loop.call_later(0.08, lambda: later.cancelled() or later.set_result(read.result()))
+            loop.call_later(0.08, answer, read)
 
         ask(visitor_ids).add_done_callback(give)
         return later
