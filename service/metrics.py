@@ -1,4 +1,4 @@
-"""Every metric of the service, and the middleware that times requests.
+"""Every metric of the service, how what is counted often reaches the client library, and the timer of requests.
 
 With PROMETHEUS_MULTIPROC_DIR set before the start, `exposition` sums over all processes that share the directory.
 """
@@ -7,19 +7,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Final
 
-from prometheus_client import (
-    REGISTRY,
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    disable_created_metrics,
-    generate_latest,
-)
+import numpy as np
+import prometheus_client
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, disable_created_metrics, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -28,19 +22,39 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _REQUEST_BUCKETS: Final = (
-    *(0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05),
-    *(0.075, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0),
+    *(0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025),
+    *(0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0),
 )
-_STAGE_BUCKETS: Final = (
-    *(0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005),
-    *(0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
+_STAGE_BUCKETS: Final = (0.00005, 0.0001, *_REQUEST_BUCKETS)
+# Seconds to 90 days. What is not above 0 comes from the future.
+_AGE_BUCKETS: Final = (
+    *(0.0, 0.1, 1.0, 10.0, 60.0, 300.0, 900.0, 3_600.0, 21_600.0),
+    *(86_400.0, 3 * 86_400.0, 7 * 86_400.0, 30 * 86_400.0, 90 * 86_400.0),
 )
+
+
+class Histogram(prometheus_client.Histogram):
+    """A histogram that takes many observations at once, for which the client library has no call."""
+
+    def observe_all(self, values: Sequence[float]) -> None:
+        """The same as `observe` of each value, none of which may be NaN."""
+        places = np.searchsorted(self._upper_bounds, values, "left")
+        for place, times in enumerate(np.bincount(places).tolist()):
+            if times:
+                self._buckets[place].inc(times)
+        self._sum.inc(sum(values))
+
 
 REQUEST_SECONDS: Final = Histogram(
     "propensity_request_seconds",
     "Seconds from the first byte of a request's head to the last of its answer.",
     ["route", "method", "status"],
     buckets=_REQUEST_BUCKETS,
+)
+LATENCY_OBJECTIVE: Final = Gauge(
+    "propensity_latency_objective_seconds",
+    "The tighter objective for the time of a score, as the setting latency_objective_ms says.",
+    multiprocess_mode="livemax",
 )
 STAGE_SECONDS: Final = Histogram(
     "propensity_stage_seconds",
@@ -70,6 +84,14 @@ STORE_READS: Final = Counter(
 )
 for _outcome in ("ok", "late", "failed", "skipped"):
     STORE_READS.labels(_outcome)
+REDIS_SECONDS: Final = Histogram(
+    "propensity_redis_seconds",
+    "Seconds of one round trip to the feature cache: read for scores, or write of events.",
+    ["operation"],
+    buckets=_STAGE_BUCKETS,
+)
+for _operation in ("read", "write"):
+    REDIS_SECONDS.labels(_operation)
 BREAKER_STATE: Final = Gauge(
     "propensity_breaker_state",
     "Workers whose circuit breaker of the feature cache is closed, open, or half_open.",
@@ -96,6 +118,67 @@ for _outcome in ("written", "dropped"):
     SCORE_LOG.labels(_outcome)
 WORKER_RESTARTS: Final = Counter("propensity_worker_restarts_total", "Workers that ended unasked and were replaced.")
 EVENTS: Final = Counter("propensity_events_total", "Events received: accepted, ignored, or refused.", ["outcome"])
+for _outcome in ("accepted", "ignored", "refused"):
+    EVENTS.labels(_outcome)
+EVENTS_REFUSED: Final = Counter("propensity_events_refused_total", "Events refused, by reason.", ["reason"])
+for _reason in ("visitor", "type", "shape", "timestamp", "future", "event", "size", "unfit"):
+    EVENTS_REFUSED.labels(_reason)
+EVENTS_BY_KIND: Final = Counter(
+    "propensity_events_by_kind_total",
+    "Sound events by their kind in the catalogue; unknown where no model knows their name.",
+    ["kind"],
+)
+EVENT_PROPERTIES: Final = Counter(
+    "propensity_event_properties_total",
+    "Events of a kind whose property that the catalogue names was present, or missing.",
+    ["kind", "property", "state"],
+)
+EVENT_LAG: Final = Histogram(
+    "propensity_event_lag_seconds",
+    "Seconds from the timestamp of an accepted event to its receipt; up to 0 are those from the future.",
+    buckets=_AGE_BUCKETS,
+)
+LAST_EVENT_AGE: Final = Histogram(
+    "propensity_last_event_age_seconds",
+    "Age of the newest event of a scored visitor; visitors without events are not in it.",
+    ["model"],
+    buckets=_AGE_BUCKETS,
+)
+SCORES_CAPPED: Final = Counter(
+    "propensity_scores_capped_total", "Scores of visitors who have as many events as are read at most.", ["model"]
+)
+SCORES_WITHOUT_HISTORY: Final = Counter(
+    "propensity_scores_without_history_total", "Scores of visitors without events, degraded ones apart.", ["model"]
+)
+FEATURE_BINS: Final = Counter(
+    "propensity_feature_bin_total",
+    "Scored values of a feature in a bin of the reference; under (score) the scores themselves.",
+    ["model", "version", "feature", "bin"],
+)
+REFERENCE_SHARE: Final = Gauge(
+    "propensity_reference_share",
+    "Share of a bin in the training population.",
+    ["model", "version", "feature", "bin"],
+    multiprocess_mode="livemax",
+)
+REFERENCE_ROWS: Final = Gauge(
+    "propensity_reference_rows",
+    "Rows that the reference shares of a feature were taken from; 0 where the bundle does not say.",
+    ["model", "version", "feature"],
+    multiprocess_mode="livemax",
+)
+DRIFT_CRITICAL: Final = Gauge(
+    "propensity_drift_critical",
+    "What rows times PSI of a feature stays below by chance, with all features in mind.",
+    ["model", "version", "feature"],
+    multiprocess_mode="livemax",
+)
+REFERENCE_SEGMENT_SHARE: Final = Gauge(
+    "propensity_reference_segment_share",
+    "Share of a segment that the cut-offs give on the scores of the reference.",
+    ["model", "version", "segment"],
+    multiprocess_mode="livemax",
+)
 BROKEN_RECORDS: Final = Counter(
     "propensity_broken_records_total", "Stored records whose check is wrong; they were skipped."
 )
@@ -107,6 +190,27 @@ MODEL_INFO: Final = Gauge(
     "1 for the version of each model that is served.",
     ["model", "version"],
     multiprocess_mode="livemax",
+)
+MODEL_LOADED: Final = Gauge(
+    "propensity_model_loaded_timestamp_seconds",
+    "When this version was loaded.",
+    ["model", "version"],
+    multiprocess_mode="livemax",
+)
+MODEL_CREATED: Final = Gauge(
+    "propensity_model_created_timestamp_seconds",
+    "When this version was trained.",
+    ["model", "version"],
+    multiprocess_mode="livemax",
+)
+MODEL_LOAD_SECONDS: Final = Gauge(
+    "propensity_model_load_seconds",
+    "Seconds that loading and verifying this version took.",
+    ["model", "version"],
+    multiprocess_mode="livemax",
+)
+BUILD_INFO: Final = Gauge(
+    "propensity_build_info", "1 for the version that runs.", ["version", "python"], multiprocess_mode="livemax"
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -11,6 +11,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from service import location
 from service.core.errors import PropensityError
 
+OBJECTIVES_MS: Final = (5, 10, 25, 50)
 Positive = Annotated[int, Field(gt=0)]
 
 
@@ -54,6 +55,11 @@ class Settings(BaseSettings):
     )
     max_deadline_ms: Positive = Field(
         1000, description="Most milliseconds that the header X-Request-Timeout-Ms can ask for instead of deadline_ms."
+    )
+    latency_objective_ms: int = Field(
+        25,
+        description="Milliseconds within which scores should be answered, the tighter of the two objectives that alarms "
+        "watch: 5, 10, 25 or 50. Lower it where a page waits; it changes alarms, not answers.",
     )
     request_timeout_s: Positive = Field(
         10, description="Seconds a client may take to send a request, before its connection is closed."
@@ -122,6 +128,13 @@ class Settings(BaseSettings):
         description="Days a silent visitor is kept beyond the longest history of the models; the time that a "
         "model with a longer history may take to arrive.",
     )
+
+    @field_validator("latency_objective_ms")
+    @classmethod
+    def _is_measured(cls, milliseconds: int) -> int:
+        if milliseconds not in OBJECTIVES_MS:
+            raise ValueError(f"write one of {', '.join(map(str, OBJECTIVES_MS))}, which are bounds of buckets")
+        return milliseconds
 
     @field_validator("redis_url")
     @classmethod
