@@ -1,0 +1,103 @@
+"""How far what is scored has moved away from the training population, and how far chance alone would have moved it.
+
+docs/drift.md derives the formulas; deploy/prometheus/rules/recording.yml computes the same ones in PromQL.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from service.core.bundle import Reference
+from service.core.spec import Clock, FeatureSpec
+
+SCORE: Final = "(score)"
+UNSEEN: Final = 1e-4
+"""Added to every reference share, so that a bin that nobody was in has one to compare with."""
+MIXED: Final = 0.2
+"""Part of the reference in what is compared with it, so that a bin that nobody is in now has a logarithm."""
+FALSE_ALARMS: Final = 0.01
+"""Chance that any feature of a model, or its score, exceeds its critical value when nothing has changed."""
+
+Shares = npt.NDArray[np.float64]
+
+
+def smoothed(shares: npt.ArrayLike) -> Shares:
+    """Reference shares float64[B] that are all above 0 and add up to 1, of shares float[B] in 0 ... 1."""
+    raised = np.asarray(shares, np.float64) + UNSEEN
+    adding_up: Shares = raised / raised.sum()
+    return adding_up
+
+
+def psi(counts: npt.ArrayLike, shares: npt.ArrayLike) -> float:
+    """Population stability index of counts[B] against reference shares float[B]; at least 0 and finite, NaN of nobody.
+
+    Sum over the bins of (p - q) ln(p / q), Kullback and Leibler's J (1951), known as PSI from Siddiqi, Credit Risk
+    Scorecards (2006). Here q is the smoothed reference and p = 0.8 counts / n + 0.2 q, as in a skew divergence (Lee
+    1999); the sum is divided by 0.8 squared, which makes it the textbook's for small shifts. Nothing but ratios of
+    counts matters, so what `increase` extrapolates in Prometheus has no part in it.
+    """
+    seen = np.asarray(counts, np.float64)
+    if not seen.sum() > 0:
+        return math.nan
+    reference = smoothed(shares)
+    mixed = (1 - MIXED) * seen / seen.sum() + MIXED * reference
+    return float(np.sum((mixed - reference) * np.log(mixed / reference))) / (1 - MIXED) ** 2
+
+
+def critical_values(spec: FeatureSpec, reference: Reference) -> dict[str, float]:
+    """Critical value of every feature, and of the score under "(score)".
+
+    Parts of the clock have none (infinity): an hour of traffic has one hour, and never looks like the training rows.
+    """
+    described = {**{name: reference.features[name] for name in spec.names}, SCORE: reference.score}
+    return {
+        name: math.inf
+        if isinstance(spec.features.get(name), Clock)
+        else critical_value(len(bins.shares), len(described))
+        for name, bins in described.items()
+    }
+
+
+def critical_value(bins: int, tests: int) -> float:
+    """What n times PSI of n values in `bins` bins stays below by chance, but for 0.01 / `tests` (Bonferroni).
+
+    n times PSI of independent values from the reference is about chi-square distributed with bins - 1 degrees of
+    freedom. With one bin there is nothing to compare, and the answer is 0.
+    """
+    return chi_square_quantile(FALSE_ALARMS / tests, bins - 1) if bins > 1 else 0.0
+
+
+def chance_level(critical: float, population: float, reference_rows: float) -> float:
+    """PSI that chance alone stays below: critical (1 / n + 1 / m), of n scores and m reference rows (0: not known)."""
+    return critical * (1 / population + (1 / reference_rows if reference_rows > 0 else 0))
+
+
+def chi_square_quantile(above: float, freedom: int) -> float:
+    """The x that a chi-square variable of `freedom` >= 1 degrees exceeds with chance `above`, 0 < above < 1.
+
+    By bisection on `chi_square_above`; to 1e-9 relative, for chances from 1e-12.
+    """
+    low, high = 0.0, 1.0
+    while chi_square_above(high, freedom) > above:
+        low, high = high, 2 * high
+    while high - low > 1e-10 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if chi_square_above(middle, freedom) > above else (low, middle)
+    return high
+
+
+def chi_square_above(x: float, freedom: int) -> float:
+    """Chance that a chi-square variable of `freedom` >= 1 degrees is above x >= 0.
+
+    The finite sums for whole degrees of freedom: Abramowitz and Stegun (1964), 26.4.4 and 26.4.5.
+    """
+    half, odd = x / 2, freedom % 2
+    first = math.erfc(math.sqrt(half)) if odd else 0.0
+    if half == 0:
+        return 1.0
+    powers = (index + odd / 2 for index in range(freedom // 2))
+    return first + sum(math.exp(power * math.log(half) - half - math.lgamma(power + 1)) for power in powers)
