@@ -33,7 +33,7 @@ from service.score_log import ScoreLog
 from service.scorer import Scorer
 from service.settings import Settings
 from service.store import Store
-from service.workers import compaction
+from service.workers import compaction, telling
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +142,7 @@ async def open_store(settings: Settings, history_ms: int) -> AsyncIterator[Store
 @asynccontextmanager
 async def open_state(settings: Settings, lifecycle: Lifecycle) -> AsyncIterator[State]:
     """The resources of one process: the models, the feature cache, and the scorer that has both."""
+    metrics.set_service(_version(), settings.latency_objective_ms)
     loaded = models.load(settings.artifacts, settings.default_model)
     async with open_store(settings, loaded.history_ms) as store:
         scorer = Scorer(
@@ -158,6 +159,7 @@ async def open_state(settings: Settings, lifecycle: Lifecycle) -> AsyncIterator[
         chores = [
             asyncio.create_task(close_stalled(lane.connections, settings.request_timeout_s)),
             asyncio.create_task(compaction.run(store)),
+            asyncio.create_task(telling.run(loaded, scorer)),
         ]
         # What lives as long as the process need not be looked at in every collection.
         gc.collect()
@@ -176,6 +178,7 @@ async def open_state(settings: Settings, lifecycle: Lifecycle) -> AsyncIterator[
             await cancel(*chores)
             scorer.close()
             await log.close()
+            telling.tell(loaded, scorer)
             gc.unfreeze()
 
 

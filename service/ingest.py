@@ -175,6 +175,11 @@ def visitor_ids(event: object) -> list[str]:
     return [text for value in found if not isinstance(value, bool) and (text := text_of(value)) is not None]
 
 
+def is_named(event: object) -> bool:
+    """Whether the catalogue is asked for a sound event: a track or page event."""
+    return isinstance(event, dict) and event.get("type") in (None, "track", "page")
+
+
 def _visitor_id(event: Mapping[str, Any]) -> str:
     user = event.get("userId")
     visitor_id = user if type(user) is str and user else next(iter(visitor_ids(event)), None)

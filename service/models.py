@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +22,8 @@ from service.core.errors import PropensityError
 from service.core.spec import Limits
 from service.errors import ModelNotNamed, ModelNotReady, UnknownModel
 from service.ingest import Catalogue
+from service.intake import Intake
+from service.population import Population
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +73,16 @@ class Models:
     def _names(self) -> str:
         return ", ".join(sorted({*self.bundles, *self.refused})) or "none: put one into the artifacts directory"
 
+    @cached_property
+    def populations(self) -> Mapping[str, Population]:
+        """Who counts what each model scores."""
+        return {name: Population(bundle) for name, bundle in self.bundles.items()}
+
+    @cached_property
+    def intake(self) -> Intake:
+        """Who counts what comes in."""
+        return Intake(self.catalogue)
+
 
 def load(artifacts: Path, default: str | None = None) -> Models:
     """The served version of every model in `artifacts`, as far as it passes every check."""
@@ -77,9 +91,11 @@ def load(artifacts: Path, default: str | None = None) -> Models:
     catalogue = ingest.catalogue([])
     for directory in sorted(path for path in artifacts.glob("*/") if not path.name.startswith(".")):
         try:
+            began = time.perf_counter()
             found = _load_one(directory)
             catalogue = ingest.catalogue([*(known.spec for known in bundles.values()), found.spec])
             bundles[found.name] = found
+            metrics.set_model(found, time.perf_counter() - began)
             logger.info("model %s: serving version %s", found.name, found.version)
         except PropensityError as error:
             refused[directory.name] = str(error)
@@ -91,7 +107,7 @@ def load(artifacts: Path, default: str | None = None) -> Models:
         default = None
     if not bundles:
         logger.warning("no model in %s can be served; visitors are put into segments by rules", artifacts)
-    metrics.set_models({found.name: found.version for found in bundles.values()}, len(refused))
+    metrics.set_models(len(bundles), len(refused))
     return Models(bundles, refused, catalogue, default)
 
 

@@ -91,7 +91,6 @@ class Scorer:
         self._trial: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
         self._breaker = Breaker(breaker_failures, metrics.set_breaker_state)
-        metrics.QUEUE_LENGTH.set(0)
 
     @property
     def waiting(self) -> int:
@@ -112,7 +111,7 @@ class Scorer:
         """Call `deliver` with the score of a request, soon and once. Raises Overloaded if too many wait."""
         allowed_s = self._allowed_s(timeout_ms)
         if self._waiting >= self._queue_length or not self._pace.is_in_time(self._waiting, allowed_s):
-            metrics.shed("queue").inc()
+            metrics.shed("queue").add(1)
             raise Overloaded("too many scores wait; try again in a second")
         now = perf_counter()
         waiting = Waiting(request, deliver, now, now + allowed_s, True)
@@ -186,11 +185,10 @@ class Scorer:
         self._waiting -= sum(one.is_queued for one in group if one.is_gone)
         if not staying:
             return
-        metrics.BATCH_VISITORS.observe(len(staying))
-        metrics.QUEUE_LENGTH.set(self._waiting)
+        metrics.batch_visitors().add(len(staying))
         now, now_ms = perf_counter(), self._now_ms()
         if not self._breaker.is_closed:
-            metrics.store_reads("skipped").inc()
+            metrics.store_reads("skipped").add(1)
             self._finish(staying, None, now_ms, now)
             return
         try:
@@ -221,7 +219,8 @@ class Scorer:
         if now < flight.judged:
             self._set_timer(flight)
             return
-        metrics.store_reads("late").inc()
+        metrics.store_reads("late").add(1)
+        metrics.redis_seconds("read").add(now - _TICK_S - flight.started)
         if self._store.give_up(flight.read):
             self._note_failure("too slow")
 
@@ -237,7 +236,8 @@ class Scorer:
         values: Values | None = None
         if not flight.read.cancelled():
             error = flight.read.exception()
-            metrics.store_reads("ok" if error is None else "failed").inc()
+            metrics.store_reads("ok" if error is None else "failed").add(1)
+            metrics.redis_seconds("read").add(perf_counter() - flight.started)
             if error is None:
                 self._breaker.succeeded()
                 values = flight.read.result()
@@ -271,13 +271,13 @@ class Scorer:
         """Score a group and deliver; a bug is delivered to all of it that it kept from a score."""
         read = perf_counter()
         store_s = read - started
-        metrics.stage("store").observe(store_s)
+        metrics.stage("store").add(store_s)
         try:
             for name, members, histories in _by_model(group, values):
                 degraded = ("store",) if values is None else ()
                 scored = self._score(name, Batch([one.request for one in members], histories, now_ms, degraded))
-                metrics.stage("features").observe(scored.features_ms / 1000)
-                metrics.stage("model").observe(scored.model_ms / 1000)
+                metrics.stage("features").add(scored.features_ms / 1000)
+                metrics.stage("model").add(scored.model_ms / 1000)
                 for one, answer in zip(members, scored.answers, strict=True):
                     queue_ms = (started - one.arrived) * 1000
                     self._deliver(one, answer, Timing(queue_ms, store_s * 1000, scored.features_ms, scored.model_ms))
@@ -292,7 +292,9 @@ class Scorer:
             bundle = self._models.choose(name)
         except ServiceError as error:
             return Scored([ScoreFailure(request.visitor_id, error) for request in batch.requests])
-        return scoring.score_by_rule(name, batch) if bundle is None else scoring.score_by_model(bundle, batch)
+        if bundle is None:
+            return scoring.score_by_rule(name, batch)
+        return scoring.score_by_model(bundle, batch, self._models.populations[bundle.name])
 
     def _deliver(self, one: Waiting, outcome: Outcome, timing: Timing) -> None:
         self._waiting -= one.is_queued

@@ -27,6 +27,7 @@ from service.core.features import Plan
 from service.core.segments import SEGMENTS
 from service.core.spec import Feature, Request, Trait
 from service.errors import InvalidRequest, Place, ServiceError, pointer
+from service.population import Population, Rows
 from service.store import MOST_EVENTS, History
 
 _DAY_MS: Final = 86_400_000
@@ -138,13 +139,14 @@ def _whole_second(unix_s: int) -> str:
     return datetime.fromtimestamp(unix_s, UTC).replace(tzinfo=None).isoformat()
 
 
-def score_by_model(bundle: Bundle, batch: Batch) -> Scored:
-    """Score a batch by its model."""
+def score_by_model(bundle: Bundle, batch: Batch, population: Population | None = None) -> Scored:
+    """Score a batch by its model, and have it counted for drift unless histories are missing."""
     started = time.perf_counter()
     found = evaluate(bundle.plan, batch.histories, batch.now_ms, [request.context for request in batch.requests])
     failures = _override(bundle.plan, found.matrix, batch.requests)
     computed = time.perf_counter()
-    propensities = bundle.predict(found.matrix).tolist()
+    scores = bundle.predict(found.matrix)
+    propensities = scores.tolist()
     asked = time.perf_counter()
     if found.broken:
         metrics.BROKEN_RECORDS.inc(found.broken)
@@ -175,6 +177,9 @@ def score_by_model(bundle: Bundle, batch: Batch) -> Scored:
     for place, failure in failures.items():
         answers[place] = failure
     _count(answers, name, version, degraded)
+    if population is not None and not degraded:
+        rows = Rows(found.matrix, scores, found.events, found.last_age_ms)
+        population.add(rows.without(list(failures)) if failures else rows)
     return Scored(answers, (computed - started) * 1000, (asked - computed) * 1000)
 
 
@@ -202,9 +207,9 @@ def _count(answers: Sequence[Score | ScoreFailure], name: str, version: str, deg
         if isinstance(answer, Score):
             given[answer.segment] = given.get(answer.segment, 0) + 1
     for segment, times in given.items():
-        metrics.scores(name, version, segment).inc(times)
+        metrics.scores(name, version, segment).add(times)
     for reason in degraded:
-        metrics.degraded(reason).inc(sum(given.values()))
+        metrics.degraded(reason).add(sum(given.values()))
 
 
 def _uuids(count: int) -> Iterator[str]:

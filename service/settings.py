@@ -58,8 +58,8 @@ class Settings(BaseSettings):
     )
     latency_objective_ms: int = Field(
         25,
-        description="Milliseconds within which scores should be answered, the tighter of the two objectives that alarms "
-        "watch: 5, 10, 25 or 50. Lower it where a page waits; it changes alarms, not answers.",
+        description="Milliseconds within which scores should be answered, the tighter of the two objectives that "
+        "alarms watch: 5, 10, 25 or 50. Lower it where a page waits; it changes alarms, not answers.",
     )
     request_timeout_s: Positive = Field(
         10, description="Seconds a client may take to send a request, before its connection is closed."

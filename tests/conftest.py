@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,8 @@ def anyio_backend() -> str:
 def write_bundle() -> WriteBundle:
     """A function that writes a sealed bundle for a spec into an artifacts directory and returns its path.
 
-    Its model is a logistic regression over the features with small weights, missing values taken as 0.
+    Its model is a logistic regression over the features with small weights, missing values taken as 0. Parts of
+    `reference` go before the usual ones, which are an old bundle's: they do not say how many rows there were.
     """
     return _write_bundle
 
@@ -80,6 +81,7 @@ def _write_bundle(
     version: str = "1",
     created_at: str = "2026-01-01T00:00:00Z",
     weight: float = 0.1,
+    reference: Mapping[str, Any] | None = None,
 ) -> Path:
     feature_spec = spec.parse(document)
     directory = artifacts / feature_spec.model / version
@@ -89,7 +91,8 @@ def _write_bundle(
     (directory / "features.yaml").write_text("# a spec for tests\n", encoding="utf-8")
     bins = {"edges": [1.0], "shares": [0.2, 0.3, 0.5]}
     quantiles = [place / 100 for place in range(101)]
-    reference = {"features": dict.fromkeys(feature_spec.names, bins), "score": bins, "quantiles": quantiles}
+    usual = {"features": dict.fromkeys(feature_spec.names, bins), "score": bins, "quantiles": quantiles}
+    reference = {**usual, **(reference or {})}
     (directory / "reference.json").write_text(json.dumps(reference), encoding="utf-8")
     (directory / "golden.json").write_text(json.dumps([_golden(feature_spec, weight)]), encoding="utf-8")
     bundle.seal(

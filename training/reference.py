@@ -30,7 +30,7 @@ def bins_of(values: npt.NDArray[np.float32], edges: npt.NDArray[np.float64] | No
         edges = np.unique(inner)
     counts = np.bincount(np.searchsorted(edges, known, "right"), minlength=len(edges) + 1)
     shares = np.concatenate(([len(values) - len(known)], counts)) / max(len(values), 1)
-    return Bins(edges=tuple(map(float, edges)), shares=tuple(map(float, shares)))
+    return Bins(edges=tuple(map(float, edges)), shares=tuple(map(float, shares)), rows=len(values))
 
 
 def _category_edges(spec: FeatureSpec, name: str) -> npt.NDArray[np.float64] | None:

@@ -28,7 +28,7 @@ class Admission:
             await self.app(scope, receive, send)
             return
         if self._in_flight >= self._most:
-            metrics.shed("in_flight").inc()
+            metrics.shed("in_flight").add(1)
             error = Overloaded(f"{self._most} requests are being answered already; try again in a second")
             response = respond(Request(scope), body_of(error, scope["path"]), error.headers)
             await response(scope, receive, send)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from time import perf_counter
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
@@ -96,7 +97,6 @@ Outcome = Accepted | Ignored | Refused
 AnyEvents = Annotated[Any, PlainValidator(lambda value: value, json_schema_input_type=Event | EventBatch), Body()]
 
 _STATUS: Final = {Accepted: "accepted", Ignored: "ignored", Refused: "refused"}
-_COUNTERS: Final = {status: metrics.EVENTS.labels(status) for status in _STATUS.values()}
 _ENCODER: Final = msgspec.json.Encoder()
 _WHOLLY_ACCEPTED: Final = b'{"status":"accepted"}'
 
@@ -138,7 +138,8 @@ async def take(body: object, size: int, store: Store, models: Models, settings: 
     if counts[Refused]:
         await _quarantine(store, batch, outcomes, now_ms, settings.quarantine_length)
     for kind, status in _STATUS.items():
-        _COUNTERS[status].inc(counts[kind])
+        metrics.events(status).add(counts[kind])
+    models.intake.add(batch, outcomes, now_ms)
     if is_alone and isinstance(outcomes[0], Refused):
         raise RefusedEvent(f"{outcomes[0].reason}: {outcomes[0].message}")
     results = b",".join(map(_result, outcomes))
@@ -170,7 +171,14 @@ def _judge(catalogue: Catalogue, event: object, limit: int | None, now_ms: int) 
 
 async def _keep(store: Store, outcomes: list[Outcome], now_ms: int) -> list[Outcome]:
     """Store what was accepted; what the store cannot hold becomes refused, or is told if it is the traits alone."""
-    lost = await store.append(_by_visitor(outcomes), now_ms)
+    additions = _by_visitor(outcomes)
+    if not additions:
+        return outcomes
+    began = perf_counter()
+    try:
+        lost = await store.append(additions, now_ms)
+    finally:
+        metrics.redis_seconds("write").add(perf_counter() - began)
     if not lost:
         return outcomes
     return [

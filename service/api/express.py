@@ -46,8 +46,8 @@ class ExpressLane:
         self._heads: dict[bytes, _Head | None] = {}
         self._headers: list[tuple[bytes, bytes]] = []
         self._header_bytes = b""
-        self._seconds = metrics.REQUEST_SECONDS.labels(PATH, "POST", 200)
-        self._refused_seconds = metrics.REQUEST_SECONDS.labels(PATH, "POST", 429)
+        self._seconds = metrics.express(PATH, 200)
+        self._refused_seconds = metrics.express(PATH, 429)
 
     def read(self, data: bytes) -> Asked | bool:
         """The request that `data` is. True if that takes more bytes; False if it is not one plain request alone."""
@@ -89,7 +89,7 @@ class ExpressLane:
         """Headers from the content type on, and the body; the score is logged and its time counted."""
         body = encode(score)
         self._log.add(body)
-        self._seconds.observe(seconds)
+        self._seconds.add(seconds)
         return b"content-type: application/json\r\nserver-timing: %b\r\ncontent-length: %d\r\n\r\n%b" % (
             timing.header().encode(),
             len(body),
@@ -98,7 +98,7 @@ class ExpressLane:
 
     def refusal(self, error: Overloaded) -> bytes:
         """The same for a request that is one too many."""
-        self._refused_seconds.observe(0)
+        self._refused_seconds.add(0)
         body = json.dumps(body_of(error, PATH)).encode()
         headers = "".join(f"{name.lower()}: {value}\r\n" for name, value in error.headers.items())
         return f"content-type: {MEDIA_TYPE}\r\n{headers}content-length: {len(body)}\r\n\r\n".encode() + body

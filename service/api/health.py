@@ -11,8 +11,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from service import metrics
-from service.api.state import CurrentLifecycle, CurrentModels
+from service.api.state import CurrentLifecycle, CurrentModels, CurrentScorer
 from service.errors import answers
+from service.workers import telling
 
 router = APIRouter(tags=["health"])
 
@@ -50,7 +51,8 @@ async def ready(models: CurrentModels, lifecycle: CurrentLifecycle) -> Ready:
     responses={200: {"content": {CONTENT_TYPE_LATEST: {"schema": {"type": "string"}}}}},
     summary="Metrics for Prometheus",
 )
-async def exposition() -> Response:
+async def exposition(models: CurrentModels, scorer: CurrentScorer) -> Response:
     """Every metric, in the text format of Prometheus."""
+    telling.tell(models, scorer)
     text = await asyncio.to_thread(metrics.exposition)
     return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})

@@ -7,6 +7,7 @@ whose features are looked up as for `/v1/score`. The output is `propensity` FP32
 from __future__ import annotations
 
 from collections import Counter
+from time import perf_counter
 from typing import Annotated, Any, Final
 
 import numpy as np
@@ -22,6 +23,8 @@ from service.api.tensors import InferIn
 from service.core.bundle import Bundle
 from service.errors import InvalidInference, ModelNotReady, TooLarge
 from service.ingest import LONGEST_ID
+from service.models import Models
+from service.population import Population, Rows
 from service.scorer import Scorer
 from service.scoring import Score, ScoreRequest
 
@@ -173,7 +176,7 @@ async def infer(
 ) -> Response:
     """Propensities of rows of features, or of visitors."""
     raw = await body.read(request, settings.body_bytes)
-    return await _infer(models.find(name), scorer, settings.batch_visitors, *tensors.read(raw, header_length))
+    return await _infer(models, models.find(name), scorer, settings.batch_visitors, *tensors.read(raw, header_length))
 
 
 @router.post("/models/{name}/versions/{version}/infer", summary="Ask one version", **_INFER)
@@ -188,7 +191,9 @@ async def infer_version(
 ) -> Response:
     """Propensities of rows of features, or of visitors, if this version is the one that is served."""
     raw = await body.read(request, settings.body_bytes)
-    return await _infer(models.find(name, version), scorer, settings.batch_visitors, *tensors.read(raw, header_length))
+    return await _infer(
+        models, models.find(name, version), scorer, settings.batch_visitors, *tensors.read(raw, header_length)
+    )
 
 
 def _metadata(bundle: Bundle) -> ModelMetadata:
@@ -200,7 +205,7 @@ def _metadata(bundle: Bundle) -> ModelMetadata:
     )
 
 
-async def _infer(bundle: Bundle, scorer: Scorer, most: int, asked: InferIn, binary: bytes) -> Response:
+async def _infer(models: Models, bundle: Bundle, scorer: Scorer, most: int, asked: InferIn, binary: bytes) -> Response:
     [tensor] = asked.inputs
     for output in asked.outputs or []:
         if output.name != OUTPUT:
@@ -211,7 +216,7 @@ async def _infer(bundle: Bundle, scorer: Scorer, most: int, asked: InferIn, bina
     if asked.id is not None:
         head["id"] = asked.id
     if tensor.name == "features":
-        values = _ask(bundle, tensors.numbers(tensor, binary, bundle.plan.width))
+        values = _ask(bundle, models.populations[bundle.name], tensors.numbers(tensor, binary, bundle.plan.width))
     elif tensor.name == "visitor_id":
         values, degraded = await _look_up(bundle, scorer, tensors.texts(tensor, binary))
         head |= {"parameters": {"degraded": ",".join(degraded)}} if degraded else {}
@@ -221,11 +226,13 @@ async def _infer(bundle: Bundle, scorer: Scorer, most: int, asked: InferIn, bina
     return Response(content, headers=headers)
 
 
-def _ask(bundle: Bundle, matrix: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    with metrics.stage("model").time():
-        propensities = bundle.predict(matrix)
+def _ask(bundle: Bundle, population: Population, matrix: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    began = perf_counter()
+    propensities = bundle.predict(matrix)
+    metrics.stage("model").add(perf_counter() - began)
     for segment, times in Counter(map(bundle.segment, propensities.tolist())).items():
-        metrics.scores(bundle.name, bundle.version, segment).inc(times)
+        metrics.scores(bundle.name, bundle.version, segment).add(times)
+    population.add(Rows(matrix, propensities))
     return propensities
 
 

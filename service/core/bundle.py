@@ -7,7 +7,9 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -56,6 +58,15 @@ class Manifest(_Model):
     libraries: dict[str, str]
     seal: str
 
+    @property
+    def created(self) -> datetime | None:
+        """The moment of `created_at`, in UTC unless it says; None if it is written otherwise than ISO 8601."""
+        try:
+            moment = datetime.fromisoformat(self.created_at)
+        except ValueError:
+            return None
+        return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
 
 class Bins(_Model):
     """Reference distribution of one feature or of the score: `edges` between bins, and the share of each bin.
@@ -65,6 +76,7 @@ class Bins(_Model):
 
     edges: tuple[float, ...]
     shares: tuple[float, ...]
+    rows: Annotated[int, Field(ge=0)] = 0  # that the shares were taken from; 0 in bundles that do not say
 
     @model_validator(mode="after")
     def _sound(self) -> Bins:
@@ -129,20 +141,32 @@ class Bundle:
     def percentile(self, score: float) -> float:
         """Percent of the training population, 0 ... 100, that scored below."""
         quantiles = self.reference.quantiles
-        above = bisect.bisect_left(quantiles, score)
-        if above == 0 or above == len(quantiles):
-            return 100.0 if above else 0.0
-        low, high = quantiles[above - 1], quantiles[above]
-        return round(100 * (above - 1 + (score - low) / (high - low)) / (len(quantiles) - 1), 1)
+        return round(100 * _place(quantiles, score) / (len(quantiles) - 1), 1)
 
     def segment(self, score: float) -> str:
         """The segment of a score, by the cut-offs of the manifest."""
         return segments.assign(score, self.cutoffs)
 
+    @property
+    def segment_shares(self) -> dict[str, float]:
+        """Share of the scores of the reference in each segment, to one in the number of its quantiles."""
+        quantiles = self.reference.quantiles
+        below = [1.0, *(_place(quantiles, cut) / (len(quantiles) - 1) for cut in self.cutoffs), 0.0]
+        return {name: upper - lower for name, (upper, lower) in zip(SEGMENTS, pairwise(below), strict=True)}
+
     @cached_property
     def cutoffs(self) -> tuple[float, ...]:
         """Lowest score of each segment but the last, best first."""
         return tuple(self.manifest.segments[name] for name in SEGMENTS[:-1])
+
+
+def _place(quantiles: Sequence[float], score: float) -> float:
+    """Between which two of the ascending quantiles a score lies, 0 ... len - 1, and where between them."""
+    above = bisect.bisect_left(quantiles, score)
+    if above == 0 or above == len(quantiles):
+        return max(above - 1, 0)
+    low, high = quantiles[above - 1], quantiles[above]
+    return above - 1 + (score - low) / (high - low)
 
 
 def sha256(path: Path) -> str:
