@@ -291,23 +291,6 @@ def test_wrong_events_of_a_batch_never_cost_their_neighbour_its_place(service: S
         assert answer.json()["accepted"] == 1
 
 
-def test_series_do_not_grow_with_paths_ids_models_or_methods(service: ServiceProcess) -> None:
-    chance = random.Random(3)
-
-    def ask(times: int) -> int:
-        with httpx2.Client(base_url=service.url) as client:
-            for _ in range(times):
-                for method in ("GET", "POST", "DELETE", "SEARCH"):
-                    for path in ("", "v1/visitors/", "v1/models/", "v2/models/"):
-                        client.request(method, f"/{path}{chance.getrandbits(64):x}", headers=JSON)
-                model = f"{chance.getrandbits(64):x}"
-                client.post("/v1/score", json={"visitor_id": model, "model": model})
-            return sum(not line.startswith("#") for line in client.get("/metrics").text.splitlines())
-
-    ask(1)
-    assert ask(1) == ask(40)
-
-
 @pytest.fixture(scope="module")
 def prices(
     tmp_path_factory: pytest.TempPathFactory, embedded_server: Any, write_bundle: WriteBundle

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import http.client
+import itertools
 import json
+import math
 import random
+import signal
 import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from contextlib import closing
 from typing import Any
 
-import httpx2
 import numpy as np
 import pytest
 from hypothesis import given
@@ -21,13 +24,10 @@ from prometheus_client import CollectorRegistry, Counter
 from service import metrics
 from service.core import bins, bundle, segments
 from service.embedded import EmbeddedServer
-from tests.conftest import SHOP, ServiceProcess, StartService, WriteBundle, wait_until
-from tests.service.scrapes import Scrape, read, scrape
+from tests.conftest import SHOP, ServiceProcess, WriteBundle, wait_until
+from tests.service.scrapes import Scrape, scrape
 from tests.service.test_workers import served, wait_for_workers
 from tests.test_docs import codes, page, table
-
-RANDOM_THINGS = 10_000
-
 
 # --- the classes ---
 
@@ -90,24 +90,43 @@ def shop(tmp_path_factory: pytest.TempPathFactory, write_bundle: WriteBundle) ->
     return bundle.load(write_bundle(tmp_path_factory.mktemp("shop"), reference=REFERENCE))
 
 
-def post(url: str, path: str, document: object) -> Any:
+@pytest.fixture(scope="module")
+def two_workers(
+    shop: bundle.Bundle, tmp_path_factory: pytest.TempPathFactory, embedded_server: EmbeddedServer
+) -> Iterator[ServiceProcess]:
+    """A service of two workers with that model, whose metrics are in files beside its log."""
+    directory = tmp_path_factory.mktemp("workers")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PROMETHEUS_MULTIPROC_DIR", str(directory))
+        given = {"artifacts": shop.path.parents[1], "redis_url": embedded_server.url, "namespace": "two"}
+        started = ServiceProcess(directory, workers=2, **given)
+    wait_for_workers(started)
+    yield started
+    started.end(signal.SIGKILL)
+
+
+def post(service: ServiceProcess, path: str, document: object) -> Any:
     """The answer over a connection of its own, so that any worker may take it."""
-    response = httpx2.post(f"{url}{path}", json=document, timeout=20)
-    assert response.status_code == 200, response.text
-    return response.json()
+    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=20)
+    with closing(connection):
+        connection.request("POST", path, json.dumps(document), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        answer = json.loads(response.read())
+    assert response.status == 200, answer
+    return answer
 
 
 def view(visitor: object, **members: object) -> dict[str, object]:
     return {"event": "Product Viewed", "userId": visitor, **members}
 
 
-def some_traffic(url: str) -> None:
+def some_traffic(service: ServiceProcess) -> None:
     """At least one of everything that is counted."""
     batch = [view("a", properties={"price": 1, "category": "shoes"}), view("a"), view("", properties={})]
     batch += [{"event": "Nobody Knows", "userId": "a"}, {"type": "page", "name": "Home", "userId": "b"}]
-    assert post(url, "/v1/events", {"batch": batch})["accepted"] == 3
+    assert post(service, "/v1/events", {"batch": batch})["accepted"] == 3
     for visitor in ("a", "nobody"):
-        post(url, "/v1/score", {"visitor_id": visitor})
+        post(service, "/v1/score", {"visitor_id": visitor})
 
 
 def documented() -> dict[str, tuple[str, tuple[str, ...]]]:
@@ -128,23 +147,20 @@ def shown(scraped: Scrape) -> dict[str, tuple[str, tuple[str, ...]]]:
     }
 
 
-def test_a_scrape_after_traffic_shows_exactly_what_is_documented(
-    shop: bundle.Bundle, start_service: StartService, embedded_server: EmbeddedServer
+@pytest.mark.parametrize("started", ["service", "two_workers"])
+def test_a_scrape_after_traffic_shows_exactly_what_is_documented(started: str, request: pytest.FixtureRequest) -> None:
+    service: ServiceProcess = request.getfixturevalue(started)
+    some_traffic(service)
+    time.sleep(1.1)  # until the other worker has told what it counted
+    scraped = scrape(service.url)
+    assert shown(scraped) == documented()
+    assert {name for name in scraped.types if not name.startswith(("python_", "process_"))} == set(documented())
+
+
+def test_what_is_known_of_a_model_is_said_once_however_many_workers_there_are(
+    two_workers: ServiceProcess, shop: bundle.Bundle
 ) -> None:
-    given = {"artifacts": shop.path.parents[1], "redis_url": embedded_server.url, "namespace": "documented"}
-    one, two = start_service(**given), start_service(**given, workers=2)
-    one.wait_until_ready()
-    wait_for_workers(two)
-    for service in (one, two):
-        some_traffic(service.url)
-        wait_until(lambda url=service.url: shown(scrape(url)) == documented(), 5)  # type: ignore[misc]
-        assert shown(scrape(service.url)) == documented()
-    assert {name for name in scrape(one.url).types if not name.startswith(("python_", "process_"))} == set(documented())
-    check_values(scrape(two.url), shop)
-
-
-def check_values(scraped: Scrape, shop: bundle.Bundle) -> None:
-    """What is known of models and reference is there once, however many workers say it."""
+    scraped = scrape(two_workers.url)
     labels = {"model": "shop", "version": "1"}
     assert scraped.value("propensity_latency_objective_seconds") == 0.025
     assert scraped.value("propensity_build_info") == 1
@@ -162,8 +178,10 @@ def check_values(scraped: Scrape, shop: bundle.Bundle) -> None:
     assert set(scraped.by("bin", "propensity_reference_share", feature="device")) == {
         *("missing", "mobile", "desktop", "other")
     }
-    # Of 4 bins among 11 looks: the quantile of chi-square for 3 degrees of freedom at 1 - 0.01 / 11, 16.46.
-    assert scraped.value("propensity_drift_critical", feature="device") == pytest.approx(16.46, rel=0.01)
+    # Of chi-square for 4 - 1 degrees of freedom the quantile at 1 - 0.01 / 11, since there are 11 of them.
+    critical = scraped.value("propensity_drift_critical", **labels, feature="device")
+    above = math.erfc(math.sqrt(critical / 2)) + math.sqrt(2 * critical / math.pi) * math.exp(-critical / 2)
+    assert above == pytest.approx(0.01 / 11, rel=1e-3)
 
 
 # --- counts of two workers ---
@@ -190,43 +208,38 @@ def in_bins(described: bundle.Bins, values: np.ndarray[Any, Any]) -> list[int]:
     return [len(values) - len(known), *counts.tolist()]
 
 
-def test_counts_of_two_workers_together_are_those_of_numpy(
-    shop: bundle.Bundle,
-    start_service: StartService,
-    embedded_server: EmbeddedServer,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
-    service = start_service(
-        workers=2, artifacts=shop.path.parents[1], redis_url=embedded_server.url, namespace="counted"
-    )
-    wait_for_workers(service)
+def test_counts_of_two_workers_together_are_those_of_numpy(two_workers: ServiceProcess, shop: bundle.Bundle) -> None:
+    before, before_of_each = scrape(two_workers.url), served(two_workers.log.parent)
     requests, matrix = random_requests(shop, 4000)
     wrong = {"visitor_id": "wrong", "features": {"views_1d": "many"}}
     parts = [[*requests[first : first + 100], wrong] for first in range(0, 3800, 100)]
     with ThreadPoolExecutor(4) as pool:
         answers = [
             result
-            for part in pool.map(lambda part: post(service.url, "/v1/score/batch", {"visitors": part}), parts)
+            for part in pool.map(lambda part: post(two_workers, "/v1/score/batch", {"visitors": part}), parts)
             for result in part["results"]
             if "error" not in result
         ]
-        answers += pool.map(lambda request: post(service.url, "/v1/score", request), requests[3800:])
-    assert all(count > 5 for count in sorted(served(tmp_path).values())[1:]), "both workers have work; one is to spare"
+        answers += pool.map(lambda request: post(two_workers, "/v1/score", request), requests[3800:])
     scores = shop.predict(matrix)
     assert [answer["propensity"] for answer in answers] == [float(f"{score:.6g}") for score in scores.tolist()]
     by_bin = {"name": "propensity_feature_bin_total", "model": "shop", "version": "1"}
-    wait_until(lambda: scrape(service.url).value(**by_bin, feature=bins.SCORE) >= 4000, 5)
-    scraped = scrape(service.url)
-    for column, (name, described) in enumerate([*shop.reference.features.items(), (bins.SCORE, shop.reference.score)]):
+    wait_until(lambda: grown(before, scrape(two_workers.url), **by_bin, feature=bins.SCORE) >= 4000, 5)
+    now, now_of_each = scrape(two_workers.url), served(two_workers.log.parent)
+    assert sorted(now_of_each[name] - before_of_each[name] > 5 for name in now_of_each) == [False, True, True]
+    for name, described in {**shop.reference.features, bins.SCORE: shop.reference.score}.items():
         values = scores if name == bins.SCORE else matrix[:, shop.spec.names.index(name)]
         texts = bins.texts(described, shop.spec.features.get(name))
-        wanted = dict(zip(texts, in_bins(described, values), strict=True))
-        assert scraped.by("bin", **by_bin, feature=name) == wanted, column
-    assert scraped.value("propensity_scores_total", model="shop") == 4000
-    assert scraped.value("propensity_scores_without_history_total", model="shop") == 4000
-    assert scraped.value("propensity_scores_capped_total", model="shop") == 0
+        found = [grown(before, now, **by_bin, feature=name, bin=text) for text in texts]
+        assert found == in_bins(described, values), name
+    assert grown(before, now, "propensity_scores_total", model="shop") == 4000
+    assert grown(before, now, "propensity_scores_without_history_total", model="shop") == 4000
+    assert grown(before, now, "propensity_scores_capped_total", model="shop") == 0
+
+
+def grown(before: Scrape, now: Scrape, name: str, **labels: str) -> float:
+    """By how much a sum has grown."""
+    return now.value(name, **labels) - before.value(name, **labels)
 
 
 # --- the number of series ---
@@ -258,9 +271,11 @@ def request(method: str, path: str, document: object = None) -> bytes:
 
 
 def random_paths(chance: random.Random, count: int) -> list[bytes]:
+    """Each method on each place in turn, and beyond it what nobody has."""
     places = ("/", "/v1/visitors/", "/v1/models/", "/v2/models/", "/v1/score/", "/metrics/", "/docs/")
-    methods = ("GET", "GET", "GET", "POST", "DELETE", "SEARCH", "REPORT")
-    return [request(chance.choice(methods), chance.choice(places) + spelled(chance)) for _ in range(count)]
+    methods = ("GET", "PUT", "POST", "DELETE", "SEARCH", "REPORT")
+    pairs = itertools.cycle(itertools.product(methods, places))
+    return [request(method, place + spelled(chance)) for method, place in itertools.islice(pairs, count)]
 
 
 def random_scores(chance: random.Random, count: int) -> list[bytes]:
@@ -272,7 +287,8 @@ def random_scores(chance: random.Random, count: int) -> list[bytes]:
         {"features": {spelled(chance): 1}},
         {"model": "shop", "features": {"device": spelled(chance)}},
     ]
-    return [request("POST", "/v1/score", {"visitor_id": spelled(chance), **chance.choice(extra)}) for _ in range(count)]
+    extras = itertools.islice(itertools.cycle(extra), count)
+    return [request("POST", "/v1/score", {"visitor_id": spelled(chance), **one}) for one in extras]
 
 
 def random_events(chance: random.Random, count: int) -> list[bytes]:
@@ -290,18 +306,22 @@ def random_events(chance: random.Random, count: int) -> list[bytes]:
             "traits": {spelled(chance): spelled(chance), "device": spelled(chance)},
         }
 
-    return [request("POST", "/v1/events", {"batch": [one() for _ in range(1000)]}) for _ in range(count // 1000)]
+    return [request("POST", "/v1/events", {"batch": [one() for _ in range(500)]}) for _ in range(count // 500)]
 
 
-def test_ten_thousand_random_paths_and_ids_leave_the_number_of_series_as_it_is(service: ServiceProcess) -> None:
+def test_ten_thousand_random_paths_and_ids_leave_the_series_as_they_are(service: ServiceProcess) -> None:
     chance = random.Random(3)
 
-    def ask(count: int) -> int:
-        thousands = -(-count // 1000) * 1000
-        exchange(service, random_paths(chance, count))
-        exchange(service, random_scores(chance, count))
-        exchange(service, random_events(chance, thousands))
-        return len(read(httpx2.get(f"{service.url}/metrics").text).samples)
+    def series_after(paths: int, scores: int, events: int) -> set[object]:
+        exchange(service, random_paths(chance, paths))
+        exchange(service, random_scores(chance, scores))
+        exchange(service, random_events(chance, events))
+        return set(scrape(service.url).samples)
 
-    ask(200)
-    assert ask(200) == ask(RANDOM_THINGS)
+    series_after(100, 100, 1000)
+    before = scrape(service.url)
+    assert series_after(5000, 5000, 5000) - set(before.samples) == set()
+    now = scrape(service.url)
+    assert grown(before, now, "propensity_request_seconds_count", route="none") > 1000
+    assert grown(before, now, "propensity_events_by_kind_total", kind="unknown") > 100
+    assert grown(before, now, "propensity_scores_without_history_total") > 1000
