@@ -63,6 +63,7 @@ class Callers:
     acknowledged: Counter[str] = field(default_factory=Counter)
     lost: list[tuple[float, str]] = field(default_factory=list)
     refused_at: list[float] = field(default_factory=list)
+    answered_at: list[float] = field(default_factory=list)
     connections: int = 0
 
     async def call(self) -> None:
@@ -96,5 +97,6 @@ class Callers:
                 writer.write(post("/v1/score", {"visitor_id": visitor}))
             status, is_last, _ = await read(reader)
             self.statuses[status] += 1
+            self.answered_at.append(time.monotonic())
             self.acknowledged[visitor] += sends_events and status == 200
             await asyncio.sleep(self.pause_s)

@@ -72,6 +72,7 @@ def test_two_services_on_one_directory_share_visitors_and_metrics(
         service.wait_until_ready()
     assert httpx2.post(f"{services[0].url}/v1/events", json=EVENT).status_code == 200
     assert [count_events(service) for service in services] == [1, 1]
+    httpx2.get(f"{services[0].url}/metrics")  # it tells what it has counted
     for text in (httpx2.get(f"{services[1].url}/metrics").content, metrics.exposition()):
         assert b'propensity_stage_seconds_count{stage="model"} 2.0' in text
         assert b'propensity_models{state="loaded"} 1.0' in text
