@@ -1,11 +1,12 @@
 """Scores a second and their latency: this service, a plain one, and bare uvicorn, in one run on pinned cores.
 
 Server and Redis share one core, the generator has the other. 24 features from the events of 10,000 visitors, 300 trees
-of 31 leaves; the service runs as shipped. The plain service reads a ready-made vector instead. Four parts:
+of 31 leaves; the service runs as shipped. The plain service reads a ready-made vector instead. Five parts:
 
 compare   wrk with 64 connections and with one, against each server in turn, several rounds; ratios within a round.
 constant  requests at fixed times at 60 % of the peak, whatever the answers do.
 workers   two workers on both cores against one on one core.
+metrics   the service against itself with nothing of a score counted, both with files for several processes.
 ingest    events in batches of 100, see `bench_ingest`.
 """
 
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -53,9 +54,12 @@ __all__ = [  # what other benchmarks build on
 ]
 
 ROUNDS: Final = 3
+METRICS_ROUNDS: Final = 5  # the difference is small
 PEAK_SHARE: Final = 0.6
 MOST_OTHERS: Final = 0.2
 OURS, PLAIN, BARE = "propensity", "plain service", "bare uvicorn"
+AS_SHIPPED: Final = ("cli.main", "serve")
+LEAST_WITH_METRICS: Final = 0.9
 
 SCRIPT: Final = """
 local n = 0
@@ -73,6 +77,7 @@ class Part(StrEnum):
     COMPARE = "compare"
     CONSTANT = "constant"
     WORKERS = "workers"
+    METRICS = "metrics"
     INGEST = "ingest"
 
 
@@ -93,13 +98,15 @@ class Bench:
         return f"redis://127.0.0.1:{self.redis.port}/0"
 
     @contextlib.contextmanager
-    def service(self, workers: int = 1, cores: tuple[int, ...] = (SERVER_CORE,)) -> Iterator[Server]:
-        """This service as shipped."""
+    def service(
+        self, workers: int = 1, cores: tuple[int, ...] = (SERVER_CORE,), how: Sequence[str] = AS_SHIPPED, **more: str
+    ) -> Iterator[Server]:
+        """This service as shipped, or started otherwise."""
         port = free_port()
         settings = {"PORT": port, "REDIS_URL": self.redis_url, "ARTIFACTS": self.artifacts, "WORKERS": workers}
         environment = {f"PROPENSITY_{name}": str(value) for name, value in settings.items()}
-        command = [sys.executable, "-m", "cli.main", "serve"]
-        with running_on(cores, command, port, "/readyz", **environment) as server:
+        command = [sys.executable, "-m", *how]
+        with running_on(cores, command, port, "/readyz", **environment, **more) as server:
             yield server
 
     @contextlib.contextmanager
@@ -289,6 +296,32 @@ def workers(bench: Bench) -> None:
     bench.wanted.most("two workers and one: errors", sum(load.seen.errors for row in loads.values() for load in row), 0)
 
 
+def metrics(bench: Bench) -> None:
+    """Compare the service, in turn, with one that counts nothing of a score.
+
+    Both have files for metrics, as with several workers: the dearest way to count.
+    """
+    loads: dict[tuple[str, int], list[Load]] = {}
+    quiet = ("loadtest.quiet_service",)
+    with contextlib.ExitStack() as stack:
+        servers = []
+        for who, how in (("counting", AS_SHIPPED), ("quiet", quiet)):
+            files = stack.enter_context(tempfile.TemporaryDirectory())
+            servers.append((who, stack.enter_context(bench.service(how=how, PROMETHEUS_MULTIPROC_DIR=files))))
+        for turn in range(METRICS_ROUNDS):
+            for who, server in servers if turn % 2 else reversed(servers):
+                for connections in (64, 1):
+                    _tell(f"round {turn + 1} of {METRICS_ROUNDS}: {who}, {connections} connections")
+                    loads.setdefault((who, connections), []).append(loaded(bench, server, connections))
+    for connections in (64, 1):
+        pairs = list(zip(loads["counting", connections], loads["quiet", connections], strict=True))
+        cost_us = statistics.median(counting.cpu_us - quiet.cpu_us for counting, quiet in pairs)
+        print(f"{connections:>2} connections: metrics cost {cost_us:.1f} us of processor a request")
+        ratio = statistics.median(counting.seen.requests_s / quiet.seen.requests_s for counting, quiet in pairs)
+        label = f"{connections:>2} connections: req/s with metrics to those without"
+        bench.wanted.least(label, ratio, LEAST_WITH_METRICS)
+
+
 def _tell(doing: str) -> None:
     print(f"  {doing} ...", file=sys.stderr, flush=True)
 
@@ -310,6 +343,8 @@ def main(
             constant(bench, peak)
         if Part.WORKERS in chosen:
             workers(bench)
+        if Part.METRICS in chosen:
+            metrics(bench)
         if Part.INGEST in chosen:
             ingest(bench.wanted)
         bench.wanted.most("cores that other processes kept busy meanwhile", others.cores(), MOST_OTHERS)
