@@ -18,7 +18,7 @@ def describe(spec: FeatureSpec, matrix: npt.NDArray[np.float32], scores: npt.NDA
     """Reference of feature rows float32[n, F] and of scores float32[m] that the model gave to rows it never saw."""
     bins = {name: bins_of(matrix[:, column], _category_edges(spec, name)) for column, name in enumerate(spec.names)}
     quantiles = np.quantile(scores, np.linspace(0, 1, QUANTILES))
-    return Reference(features=bins, score=bins_of(scores), quantiles=tuple(map(float, quantiles)))
+    return Reference(features=bins, score=bins_of(scores, _score_edges(scores)), quantiles=tuple(map(float, quantiles)))
 
 
 def bins_of(values: npt.NDArray[np.float32], edges: npt.NDArray[np.float64] | None = None) -> Bins:
@@ -31,6 +31,19 @@ def bins_of(values: npt.NDArray[np.float32], edges: npt.NDArray[np.float64] | No
     counts = np.bincount(np.searchsorted(edges, known, "right"), minlength=len(edges) + 1)
     shares = np.concatenate(([len(values) - len(known)], counts)) / max(len(values), 1)
     return Bins(edges=tuple(map(float, edges)), shares=tuple(map(float, shares)), rows=len(values))
+
+
+def _score_edges(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """Edges between bins of about equal share, each half-way between two scores that occur.
+
+    Many visitors have the very same score, the one of nobody's history. On an edge, the six digits that are served of
+    it would fall to one side or the other.
+    """
+    exact = scores.astype(np.float64)
+    distinct = np.unique(exact)
+    above = np.searchsorted(distinct, np.quantile(exact, np.linspace(0, 1, BINS + 1)[1:-1]))
+    above = np.unique(above[above > 0])
+    return np.asarray((distinct[above - 1] + distinct[above]) / 2)
 
 
 def _category_edges(spec: FeatureSpec, name: str) -> npt.NDArray[np.float64] | None:

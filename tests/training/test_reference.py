@@ -87,4 +87,28 @@ def test_quantiles_are_a_thousand_steps_through_the_scores() -> None:
     assert described.quantiles[-1] == scores.max()
     assert described.quantiles[500] == pytest.approx(np.median(scores), abs=1e-6)
     assert np.all(np.diff(described.quantiles) >= 0)
-    assert described.score == reference.bins_of(scores)
+    assert described.score.shares[1:] == pytest.approx([0.1] * 10, abs=0.001)
+
+
+def test_scores_are_in_the_same_bin_before_and_after_they_are_rounded_for_the_answer() -> None:
+    chance = np.random.default_rng(0)
+    scores = np.where(chance.random(5000) < 0.4, 1 / 3, chance.beta(1, 20, 5000)).astype(np.float32)
+    described = reference.describe(CODED, np.zeros((10, 4), np.float32), scores).score
+    served = [float(f"{score:.6g}") for score in scores.tolist()]
+    places, places_of_served = (np.searchsorted(described.edges, values, "right") for values in (scores, served))
+    assert np.array_equal(places, places_of_served)
+    assert max(described.shares) == pytest.approx(0.4, abs=0.11)
+    assert 0 not in described.shares[1:]
+
+
+@pytest.mark.parametrize("values", [[0.5], [0.5] * 7, [0.25, 0.5]])
+def test_few_scores_have_bins_too(values: list[float]) -> None:
+    described = reference.describe(CODED, np.zeros((1, 4), np.float32), np.array(values, np.float32)).score
+    assert len(described.edges) == len(set(values)) - 1
+    assert described.rows == len(values)
+
+
+def test_a_reference_says_how_many_rows_its_shares_were_taken_from() -> None:
+    described = reference.describe(CODED, np.zeros((10, 4), np.float32), np.array([0.1, 0.2], np.float32))
+    assert {bins.rows for bins in described.features.values()} == {10}
+    assert described.score.rows == 2
