@@ -335,6 +335,7 @@ def test_every_reason_to_refuse_an_event_is_described_and_no_other() -> None:
     text = section(page("events.md"), "## Outcomes")
     assert len(reasons) >= 8
     assert set(table(text[text.index("The reasons") :])) == reasons
+    assert {labels for (labels,) in metrics.EVENTS_REFUSED._metrics} == reasons
 
 
 # --- blocks of code ---

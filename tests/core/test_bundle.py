@@ -8,7 +8,9 @@ import json
 import math
 import random
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +256,31 @@ def test_whole_numbers_as_keys_are_sealed_as_they_will_be_read(tmp_path: Path) -
 
 
 # --- Damaged after it was sealed ---
+
+
+def test_a_moment_of_training_is_read_in_utc_unless_it_says(tmp_path: Path) -> None:
+    made = bundle.load(write(tmp_path / "b")).manifest
+    for text, wanted in (
+        ("2026-01-01", 1_767_225_600),
+        ("2026-01-01T00:00:00Z", 1_767_225_600),
+        ("2026-01-01T01:00:00+01:00", 1_767_225_600),
+    ):
+        created = made.model_copy(update={"created_at": text}).created
+        assert created is not None
+        assert created.timestamp() == wanted
+    assert made.model_copy(update={"created_at": "long ago"}).created is None
+
+
+def test_shares_of_segments_are_those_that_the_cut_offs_give_on_the_scores_of_the_reference(tmp_path: Path) -> None:
+    loaded = bundle.load(write(tmp_path / "b"))
+    scores = np.linspace(0, 1, 100_001)
+    reference = loaded.reference.model_copy(update={"quantiles": tuple(np.quantile(scores, np.linspace(0, 1, 1001)))})
+    found = replace(loaded, reference=reference).segment_shares
+    given = Counter(loaded.segment(score) for score in scores.tolist())
+    assert list(found) == list(SEGMENTS)
+    for segment, share in found.items():
+        assert share == pytest.approx(given[segment] / len(scores), abs=0.001)
+
 
 NAMES = ("manifest.json", "model.onnx", "features.yaml", "reference.json", "golden.json", "model.txt")
 

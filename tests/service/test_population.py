@@ -39,10 +39,11 @@ def counted(loaded: Bundle) -> Iterator[Population]:
 
 def in_bins(feature: str) -> dict[str, float]:
     """The counts of a feature's bins."""
+    counters: Any = metrics.FEATURE_BINS._metrics
     return {
-        labels[3]: child._value.get()
-        for labels, child in metrics.FEATURE_BINS._metrics.items()
-        if labels[0] == "counted" and labels[2] == feature
+        text: counter._value.get()
+        for (model, _, name, text), counter in counters.items()
+        if (model, name) == ("counted", feature)
     }
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from service import metrics
 from service.core.errors import PropensityError
 from service.settings import Settings, load
 
@@ -58,3 +59,16 @@ def test_a_wrong_setting_is_named_as_its_variable(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(PropensityError, match="PROPENSITY_PORT: .*integer"):
         load()
     assert load(port=9000).port == 9000
+
+
+@pytest.mark.parametrize("given", ["5", "10", "25", "50"])
+def test_the_latency_objective_is_the_bound_of_a_bucket(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.setenv("PROPENSITY_LATENCY_OBJECTIVE_MS", given)
+    assert load().latency_objective_ms / 1000 in metrics.REQUEST_SECONDS._kwargs["buckets"]
+
+
+@pytest.mark.parametrize("given", ["0", "20", "100", "fast"])
+def test_another_latency_objective_is_refused(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.setenv("PROPENSITY_LATENCY_OBJECTIVE_MS", given)
+    with pytest.raises(PropensityError, match="PROPENSITY_LATENCY_OBJECTIVE_MS: "):
+        load()
