@@ -234,11 +234,12 @@ class Held:
         """Give them to the metric."""
         if not self._numbers:
             return
-        if isinstance(self._metric, Counter):
-            self._metric.inc(sum(self._numbers))
-        else:
-            self._metric.observe_all(self._numbers)
+        numbers = self._numbers.copy()
         self._numbers.clear()
+        if isinstance(self._metric, Counter):
+            self._metric.inc(sum(numbers))
+        else:
+            self._metric.observe_all(numbers)
 
 
 _HELD: Final[list[Held]] = []

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from typing import Final
 
 from service import metrics
 from service.models import Models
 from service.scorer import Scorer
 
-PAUSE_S = 1.0
+logger = logging.getLogger(__name__)
+
+PAUSE_S: Final = 1.0
 
 
 def tell(models: Models, scorer: Scorer) -> None:
@@ -24,4 +28,7 @@ async def run(models: Models, scorer: Scorer) -> None:
     """Do so for ever; what a killed process has counted since the last time is lost."""
     while True:
         await asyncio.sleep(PAUSE_S)
-        tell(models, scorer)
+        try:
+            tell(models, scorer)
+        except Exception:  # a bug, or no memory for files; scores are worth more than counts
+            logger.exception("what was counted cannot be told")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from loadtest import machine
-from loadtest.servers import free_port, running
+from loadtest.servers import ROOT, free_port, running
 from loadtest.wanted import Wanted
 from loadtest.wrk import Measured, latency, median, wrk
 
@@ -115,3 +115,21 @@ def test_a_figure_beyond_its_bound_is_marked_and_remembered(capsys: pytest.Captu
     assert ["MISSED" in line for line in lines] == [False, False, True, True]
     assert "4.90" in lines[2]
     assert "wanted >= 5" in lines[2]
+
+
+QUIET = """
+from loadtest import quiet_service
+from service import metrics
+quiet_service.be_quiet()
+metrics.stage("model").add(1.0)
+metrics.scores("m", "1", "nurture").add(1)
+metrics.tell()
+text = metrics.exposition().decode()
+assert 'propensity_stage_seconds_count{stage="model"} 0.0' in text, text
+assert 'propensity_scores_total{model="m",segment="nurture",version="1"} 0.0' in text, text
+"""
+
+
+def test_the_quiet_service_counts_nothing_of_a_score() -> None:
+    ended = subprocess.run([sys.executable, "-c", QUIET], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
