@@ -71,9 +71,13 @@ def critical_value(bins: int, tests: int) -> float:
     return chi_square_quantile(FALSE_ALARMS / tests, bins - 1) if bins > 1 else 0.0
 
 
-def chance_level(critical: float, population: float, reference_rows: float) -> float:
-    """PSI that chance alone stays below: critical (1 / n + 1 / m), of n scores and m reference rows (0: not known)."""
-    return critical * (1 / population + (1 / reference_rows if reference_rows > 0 else 0))
+def chance_level(critical: float, population: float, reference_rows: float, per_visitor: float = 1.0) -> float:
+    """PSI that chance alone stays below: k critical (1 / n + 1 / m), of n scores and m reference rows (0: not known).
+
+    k scores of the same visitor tell as much as one: the design effect of Kish (1965), mean of squares over mean of the
+    scores a visitor has in the window.
+    """
+    return per_visitor * critical * (1 / population + (1 / reference_rows if reference_rows > 0 else 0))
 
 
 def chi_square_quantile(above: float, freedom: int) -> float:

@@ -96,3 +96,12 @@ def test_a_reference_of_few_rows_raises_what_chance_gives() -> None:
     assert drift.chance_level(30.0, 1000, 0) == pytest.approx(0.03)
     assert drift.chance_level(30.0, 1000, 1000) == pytest.approx(0.06)
     assert drift.critical_value(1, 25) == 0
+
+
+def test_scores_of_the_same_visitors_raise_what_chance_gives() -> None:
+    """400 visitors, scored five times each, vary as 400 scores do and not as 2,000."""
+    shares, random = np.full(10, 0.1), np.random.default_rng(6)
+    critical = drift.chi_square_quantile(0.01, 9)
+    values = [drift.psi(5 * random.multinomial(400, shares), shares) for _ in range(4000)]
+    assert np.mean(np.array(values) > drift.chance_level(critical, 2000, 0)) > 0.3
+    assert np.mean(np.array(values) > drift.chance_level(critical, 2000, 0, 5)) == pytest.approx(0.01, abs=0.007)
