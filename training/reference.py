@@ -25,9 +25,7 @@ def bins_of(values: npt.NDArray[np.float32], edges: npt.NDArray[np.float64] | No
     """Bins of about equal share (edges None), or between given edges; values: float32[n], NaN counted apart."""
     known = values[~np.isnan(values)].astype(np.float64)
     if edges is None:
-        finite = known[np.isfinite(known)]  # a ratio may be infinite, an edge may not
-        inner = np.quantile(finite, np.linspace(0, 1, BINS + 1)[1:-1]) if len(finite) else np.empty(0)
-        edges = np.unique(inner)
+        edges = _quantile_edges(known[np.isfinite(known)])  # a ratio may be infinite, an edge may not
     counts = np.bincount(np.searchsorted(edges, known, "right"), minlength=len(edges) + 1)
     shares = np.concatenate(([len(values) - len(known)], counts)) / max(len(values), 1)
     return Bins(edges=tuple(map(float, edges)), shares=tuple(map(float, shares)), rows=len(values))
@@ -53,3 +51,17 @@ def _category_edges(spec: FeatureSpec, name: str) -> npt.NDArray[np.float64] | N
         return None
     codes = np.unique([*feature.codes.values(), *([] if np.isnan(feature.other) else [feature.other])])
     return np.asarray((codes[1:] + codes[:-1]) / 2)
+
+
+def _quantile_edges(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Edges between bins of about equal share; a value that a tenth or more have has a bin of its own.
+
+    Without that, a count that is 0 for nine of ten visitors would have one bin, and its drift would not be seen.
+    """
+    if not len(values):
+        return np.empty(0)
+    inner, times = np.unique(np.quantile(values, np.linspace(0, 1, BINS + 1)[1:-1]), return_counts=True)
+    above = [values[values > tied].min() for tied in inner[times > 1] if values.max() > tied]
+    edges = np.unique(np.concatenate((inner, above)))
+    told_apart: npt.NDArray[np.float64] = edges[edges > values.min()]
+    return told_apart

@@ -48,6 +48,13 @@ def test_a_value_that_most_have_has_a_bin_whose_edges_ascend() -> None:
     assert max(bins.shares) == pytest.approx(0.9, abs=0.01)
 
 
+def test_the_few_who_have_something_are_told_from_those_who_have_nothing() -> None:
+    values = np.concatenate((np.zeros(970), np.arange(1, 31))).astype(np.float32)
+    bins = reference.bins_of(values)
+    assert bins.edges == (1.0,)
+    assert bins.shares == pytest.approx((0, 0.97, 0.03))
+
+
 @pytest.mark.parametrize("values", [[], [np.nan], [np.nan] * 5, [7.0] * 5, [np.inf, -np.inf, 0.0]])
 def test_odd_populations_have_bins_too(values: list[float]) -> None:
     bins = reference.bins_of(np.array(values, np.float32))
