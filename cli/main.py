@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import typer
 
-from cli import offline, online
+from cli import drift, offline, online
 from service.core.errors import PropensityError
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 offline.register(app)
 online.register(app)
+drift.register(app)
 
 
 def main() -> None:

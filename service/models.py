@@ -112,13 +112,14 @@ def load(artifacts: Path, default: str | None = None) -> Models:
 
 
 def _load_one(directory: Path) -> Bundle:
-    found = bundle.load(directory / _served_version(directory))
+    found = bundle.load(directory / served_version(directory))
     if found.name != directory.name:
         raise InvalidBundle(f"{found.path}: holds model {found.name!r}; put it into a directory of that name")
     return found
 
 
-def _served_version(directory: Path) -> str:
+def served_version(directory: Path) -> str:
+    """The version of a model that is served, by `aliases.json` or the time of creation. Raises InvalidBundle."""
     aliases = directory / ALIASES
     if aliases.exists():
         document = _read(aliases)

@@ -6,12 +6,13 @@ docs/drift.md derives the formulas; deploy/prometheus/rules/recording.yml comput
 from __future__ import annotations
 
 import math
-from typing import Final
+from collections.abc import Mapping
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from service.core.bundle import Reference
+from service.core.bundle import Bins, Reference
 from service.core.spec import Clock, FeatureSpec
 
 SCORE: Final = "(score)"
@@ -21,6 +22,19 @@ MIXED: Final = 0.2
 """Part of the reference in what is compared with it, so that a bin that nobody is in now has a logarithm."""
 FALSE_ALARMS: Final = 0.01
 """Chance that any feature of a model, or its score, exceeds its critical value when nothing has changed."""
+
+
+class Window(NamedTuple):
+    """What is put up with: a PSI that does not matter, and how many scores of a visitor tell as much as one."""
+
+    floor: float
+    per_visitor: float
+
+
+WINDOWS: Final[Mapping[str, Window]] = {"1h": Window(0.05, 5), "24h": Window(0.02, 15)}
+MISSING_RISE: Final = 0.05
+MISSING_DEVIATIONS: Final = 3.5
+"""Windows, rise and deviations are those of deploy/prometheus/rules/thresholds.yml, which gives the reasons."""
 
 Shares = npt.NDArray[np.float64]
 
@@ -48,17 +62,27 @@ def psi(counts: npt.ArrayLike, shares: npt.ArrayLike) -> float:
     return float(np.sum((mixed - reference) * np.log(mixed / reference))) / (1 - MIXED) ** 2
 
 
+def counts_of(values: npt.NDArray[np.float32], bins: Bins) -> npt.NDArray[np.int64]:
+    """int64[B]: how many of float32[n] fall into each bin of a reference; NaN into the first."""
+    known = values[~np.isnan(values)].astype(np.float64)
+    counts = np.bincount(np.searchsorted(bins.edges, known, "right"), minlength=len(bins.edges) + 1)
+    return np.concatenate(([len(values) - len(known)], counts))
+
+
+def described(spec: FeatureSpec, reference: Reference) -> dict[str, Bins]:
+    """The bins of every feature in the order of the columns, and those of the score under "(score)"."""
+    return {**{name: reference.features[name] for name in spec.names}, SCORE: reference.score}
+
+
 def critical_values(spec: FeatureSpec, reference: Reference) -> dict[str, float]:
     """Critical value of every feature, and of the score under "(score)".
 
     Parts of the clock have none (infinity): an hour of traffic has one hour, and never looks like the training rows.
     """
-    described = {**{name: reference.features[name] for name in spec.names}, SCORE: reference.score}
+    bins = described(spec, reference)
     return {
-        name: math.inf
-        if isinstance(spec.features.get(name), Clock)
-        else critical_value(len(bins.shares), len(described))
-        for name, bins in described.items()
+        name: math.inf if isinstance(spec.features.get(name), Clock) else critical_value(len(own.shares), len(bins))
+        for name, own in bins.items()
     }
 
 
@@ -78,6 +102,17 @@ def chance_level(critical: float, population: float, reference_rows: float, per_
     scores a visitor has in the window.
     """
     return per_visitor * critical * (1 / population + (1 / reference_rows if reference_rows > 0 else 0))
+
+
+def missing_threshold(share: float, population: float, reference_rows: float, per_visitor: float = 1.0) -> float:
+    """Share of missing values that chance and a reference share 0 ... 1 explain, and what does not matter on top.
+
+    3.5 standard deviations of the difference of two binomial shares, of n scores and m rows; 1 / n is added to the
+    reference's, since near 0 chance is lopsided.
+    """
+    variance = per_visitor * (share + 1 / population) * (1 - share)
+    apart = variance * (1 / population + (1 / reference_rows if reference_rows > 0 else 0))
+    return share + MISSING_DEVIATIONS * math.sqrt(apart) + MISSING_RISE
 
 
 def chi_square_quantile(above: float, freedom: int) -> float:
