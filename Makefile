@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-dev run test lint format examples load bench bench-features bench-ingest bench-memory bench-training faults fresh-run lock image clean system again
+.PHONY: help setup setup-dev run test lint format examples load bench bench-features bench-ingest bench-memory bench-training drift-proof rules faults fresh-run lock image clean system again
 
 BIN := .venv/bin
 PORT ?= 8000
@@ -30,6 +30,13 @@ test: .venv/.ready-dev system ## Install what the tests need, then check style a
 
 faults: .venv/.ready-dev ## Give every fault of Redis, network and clients its full time, and print what was measured
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -q --timeout 300 tests/faults --full
+
+rules: .venv/.ready-dev ## Check and test the rules of Prometheus (deploy/prometheus) with promtool
+	@$(MAKE) --no-print-directory system PROGRAMS=prometheus
+	@$(BIN)/pytest -q tests/deploy/test_rules.py
+
+drift-proof: .venv/.ready-dev ## Simulate false alarms and power of the drift rules; prints the tables of docs/drift.md
+	@$(BIN)/python -m loadtest.prove_drift
 
 lint: .venv/.ready-dev ## Check style (ruff) and types (mypy, strict)
 	@$(BIN)/ruff format --quiet --check . || { echo "Run 'make format'." >&2; exit 1; }
@@ -146,9 +153,11 @@ lock: .venv/.python ## Write the lock files from pyproject.toml (UPGRADE=1: with
 	$(COMPILE) pyproject.toml -c requirements-dev.lock -o requirements.lock
 	$(COMPILE) --group bootstrap -c requirements-dev.lock $(if $(UPGRADE),--upgrade) -o requirements-bootstrap.lock
 
-PROGRAMS ?= redis-server chromium
+PROGRAMS ?= redis-server chromium prometheus
+# Debian starts the servers that it installs unless this file forbids it; the tests start their own, on other ports.
+POLICY ?= /usr/sbin/policy-rc.d
 
-system: ## Install redis-server and chromium (PROGRAMS) where they are missing (by apt-get, as root), or say so
+system: ## Install redis-server, chromium and prometheus (PROGRAMS) where they are missing (by apt-get, as root), or say so
 	@missing=""; \
 	for program in $(PROGRAMS); do \
 		names=$$program; test $$program != chromium || names="chromium chromium-browser google-chrome"; \
@@ -157,7 +166,9 @@ system: ## Install redis-server and chromium (PROGRAMS) where they are missing (
 	done; \
 	test -n "$$missing" || exit 0; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-		echo "Installing$$missing ..."; apt-get update -qq && \
+		echo "Installing$$missing ..."; \
+		test -e $(POLICY) || { trap 'rm -f $(POLICY)' EXIT; printf '#!/bin/sh\nexit 101\n' >$(POLICY); chmod +x $(POLICY); }; \
+		apt-get update -qq && \
 		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing >/dev/null && exit 0; \
 	fi; \
 	echo "Missing:$$missing. What needs them is skipped; on Debian: sudo apt-get install$$missing" >&2; \

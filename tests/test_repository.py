@@ -255,21 +255,31 @@ def test_setup_without_virtual_environments_names_the_package_to_install(tmp_pat
 def test_missing_system_packages_are_named_and_do_not_stop_a_person(tmp_path: Path) -> None:
     result = make("system", path=programs(tmp_path / "bin", "sh", "id", "test"))
     assert result.returncode == 0, result.stderr
-    assert "Missing: redis-server chromium" in result.stderr
+    assert "Missing: redis-server chromium prometheus" in result.stderr
 
 
 def test_missing_system_packages_stop_continuous_integration(tmp_path: Path) -> None:
     result = make("system", path=programs(tmp_path / "bin", "sh", "id", "test"), CI="true")
     assert result.returncode != 0
-    assert "Missing: redis-server chromium" in result.stderr
+    assert "Missing: redis-server chromium prometheus" in result.stderr
 
 
 def test_present_system_packages_are_left_alone(tmp_path: Path) -> None:
     path = programs(tmp_path / "bin", "sh", "id", "test")
-    for name in ("redis-server", "chromium"):
+    for name in ("redis-server", "chromium", "prometheus"):
         script(tmp_path / "bin" / name, "exit 0")
     result = make("system", path=path, CI="true")
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_a_server_that_is_installed_is_not_started(tmp_path: Path) -> None:
+    policy = tmp_path / "policy"
+    path = programs(tmp_path / "bin", "sh", "test", "chmod", "rm")
+    script(tmp_path / "bin" / "id", "echo 0")
+    script(tmp_path / "bin" / "apt-get", f'test "$1" != install || {{ {policy}; echo "may start: $?"; }} >&2')
+    result = make("system", f"POLICY={policy}", path=path)
+    assert result.stderr == "may start: 101\n", "what invoke-rc.d asks before it starts a service"
+    assert not policy.exists()
 
 
 # --- continuous integration ---
