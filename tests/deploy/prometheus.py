@@ -91,7 +91,11 @@ class Prometheus:
                 stdout=log,
                 stderr=log,
             )
-        wait_until(self.is_ready)
+        try:
+            wait_until(self.is_ready)
+        except BaseException:
+            self.end()
+            raise
 
     def is_ready(self) -> bool:
         assert self.process.poll() is None, self.log.read_text("utf-8")
@@ -127,16 +131,23 @@ class Prometheus:
 
 
 @contextmanager
+def scraping(directory: Path, targets: Sequence[str]) -> Iterator[Prometheus]:
+    """A Prometheus that runs for a while."""
+    prometheus = Prometheus(directory, targets)
+    try:
+        yield prometheus
+    finally:
+        prometheus.end()
+
+
+@contextmanager
 def watched(directory: Path, replicas: int) -> Iterator[tuple[Prometheus, list[Exposition]]]:
     """A Prometheus, and the expositions that it scrapes."""
     program("prometheus")
     expositions = [Exposition() for _ in range(replicas)]
     try:
-        prometheus = Prometheus(directory, [exposition.target for exposition in expositions])
-        try:
+        with scraping(directory, [exposition.target for exposition in expositions]) as prometheus:
             yield prometheus, expositions
-        finally:
-            prometheus.end()
     finally:
         for exposition in expositions:
             exposition.close()

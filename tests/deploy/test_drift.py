@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +17,12 @@ import pytest
 from loadtest import prove_drift
 from service.core import bundle, drift
 from service.core.bundle import Bins
+from service.embedded import EmbeddedServer
 from tests.cli.test_commands import propensity
-from tests.conftest import wait_until
-from tests.deploy.prometheus import Exposition, Prometheus, counters, watched
+from tests.conftest import ServiceProcess, StartService, WriteBundle, wait_until
+from tests.deploy.prometheus import Exposition, Prometheus, counters, scraping, watched
+from tests.service.test_metrics import REFERENCE, post, random_requests
+from tests.service.test_workers import wait_for_workers
 
 FEATURE = ("model", "version", "feature")
 LABELS = (*FEATURE, "bin")
@@ -47,6 +50,12 @@ def counted(counts: Counts, factor: int = 1) -> str:
     return counters("propensity_feature_bin_total", named, *LABELS)
 
 
+def agree(prometheus: Prometheus, window: str, expected: Mapping[Any, float]) -> bool:
+    """Whether the PSI that Prometheus has is what is expected, to 1e-6."""
+    found = prometheus.values(f"propensity:psi:{window}", *FEATURE)
+    return set(found) == set(expected) and all(abs(found[at] - value) < 1e-6 for at, value in expected.items())
+
+
 def count_in(
     prometheus: Prometheus, replicas: list[Exposition], text: str, counts: Counts, expected: Mapping[Any, float]
 ) -> None:
@@ -62,60 +71,70 @@ def count_in(
         replica.text = text + counted(counts)
 
     def is_seen() -> bool:
-        found = prometheus.values("propensity:psi:1h", *FEATURE)
         population = prometheus.values("propensity:feature_population:1h", *FEATURE)
-        return (
-            set(found) == set(population) == set(expected)
-            and all(abs(found[at] - value) < 1e-6 for at, value in expected.items())
-            and all(population[at] > len(replicas) * own.sum() - 1e-3 for at, own in counts.items())
+        return agree(prometheus, "1h", expected) and all(
+            population[at] > len(replicas) * own.sum() - 1e-3 for at, own in counts.items()
         )
 
     wait_until(is_seen, 30)
 
 
-def test_prometheus_and_files_of_the_same_scores_give_the_same_drift(tmp_path: Path, artifacts: Path) -> None:
+@pytest.fixture
+def two_workers(
+    tmp_path: Path, write_bundle: WriteBundle, embedded_server: EmbeddedServer, start_service: StartService
+) -> ServiceProcess:
+    """A service of two workers with the model `shop` in `artifacts` beside its log."""
+    artifacts = write_bundle(tmp_path / "artifacts", reference=REFERENCE).parents[1]
+    service = start_service(artifacts=artifacts, redis_url=embedded_server.url, namespace="drift", workers=2)
+    wait_for_workers(service)
+    return service
+
+
+def test_prometheus_and_files_of_what_two_workers_scored_give_the_same_drift(
+    tmp_path: Path, two_workers: ServiceProcess
+) -> None:
+    artifacts = tmp_path / "artifacts"
     model = bundle.load(artifacts / "shop" / "1")
-    random = np.random.default_rng(3)
-    matrix = random.choice(
-        np.array([np.nan, 0.5, 1, 2], np.float32), (900, len(model.spec.names)), p=[0.2, 0.3, 0.3, 0.2]
-    )
-    matrix[:, 0] = np.where(random.random(900) < 0.9, 7, matrix[:, 0])
-    columns = dict(zip(model.spec.names, matrix.T, strict=True))
-    scores = random.choice(np.array([0.2, 1.5], np.float32), 900)
-    table = pa.table({**columns, "propensity": scores})
+    requests, matrix = random_requests(model, 900)
+    for one in requests:
+        cast("dict[str, float]", one["features"])["loyalty"] = 1
+    matrix[:, model.spec.names.index("loyalty")] = 1  # all values are in its one bin
+    scores = model.predict(matrix)
+    table = pa.table({**dict(zip(model.spec.names, matrix.T, strict=True)), "propensity": scores})
     pq.write_table(table.slice(0, 500), tmp_path / "first.parquet")
     rest = [{name: None if value != value else value for name, value in row.items()} for row in table.to_pylist()[500:]]
     (tmp_path / "rest.ndjson").write_text("".join(json.dumps(row) + "\n" for row in rest), "utf-8")
-    bins = drift.described(model.spec, model.reference)
-    critical = drift.critical_values(model.spec, model.reference)
-    counts = {("shop", "1", name): drift.counts_of(columns.get(name, scores), own) for name, own in bins.items()}
-    expected = {at: drift.psi(own, bins[at[2]].shares) for at, own in counts.items()}
-    text = described({("shop", "1", name): (own, critical[name]) for name, own in bins.items()})
-
     files = ("--offline", tmp_path / "first.parquet", "--offline", tmp_path / "rest.ndjson")
     offline = propensity("drift", *files, "--artifacts", artifacts, "--json")
+    expected = {(line["model"], line["version"], line["feature"]): line["psi"] for line in json.loads(offline.out)}
+    alarms = 'ALERTS{alertname="PropensityFeatureDrift", window="1h"}'
+
     (tmp_path / "prometheus").mkdir()
-    with watched(tmp_path / "prometheus", 2) as (prometheus, replicas):
-        count_in(prometheus, replicas, text, counts, expected)
-        wait_until(lambda: bool(prometheus.query('ALERTS{alertname="PropensityFeatureDrift", window="1h"}')))
+    with scraping(tmp_path / "prometheus", [two_workers.url.removeprefix("http://")]) as prometheus:
+        wait_until(lambda: bool(prometheus.query("propensity_feature_bin_total")))
+        assert not prometheus.query(alarms)
+        for first in range(0, 900, 100):
+            post(two_workers, "/v1/score/batch", {"visitors": requests[first : first + 100]})
+        wait_until(lambda: agree(prometheus, "1h", expected) and agree(prometheus, "24h", expected), 30)
+        wait_until(lambda: len(prometheus.query(alarms)) == sum(line["drifts"] for line in json.loads(offline.out)) - 1)
         online = propensity("drift", "--prometheus", prometheus.url, "--json")
         shown = propensity("drift", "--prometheus", prometheus.url, "--window", "24h")
-        firing = prometheus.values('ALERTS{alertname="PropensityFeatureDrift", window="1h"}', "feature", "alertstate")
+        firing = prometheus.values(alarms, "feature", "alertstate")
         unknown = propensity("drift", "--prometheus", prometheus.url, "--model", "other")
 
     assert (online.status, offline.status) == (1, 1), online.err + offline.err
-    first, second = json.loads(online.out), json.loads(offline.out)
-    assert [line["feature"] for line in first] == [line["feature"] for line in second] == sorted(bins)
-    for one, other in zip(first, second, strict=True):
+    first_lines, second_lines = json.loads(online.out), json.loads(offline.out)
+    assert [line["feature"] for line in first_lines] == sorted([*model.spec.names, drift.SCORE])
+    for one, other in zip(first_lines, second_lines, strict=True):
         for number in ("psi", "floor", "missing", "reference_missing"):
             assert one[number] == pytest.approx(other[number], abs=1e-6), (one["feature"], number)
-        assert one["drifts"] == other["drifts"]
+        assert (one["feature"], one["drifts"]) == (other["feature"], other["drifts"])
         assert other["population"] == 900
-        assert 1_799 < one["population"] < 3_700, "two replicas; increase extrapolates to the window's end"
-    drifting = {line["feature"] for line in second if line["drifts"]}
-    assert model.spec.names[0] in drifting
-    assert {feature for feature, _ in firing} == drifting - {drift.SCORE}
-    assert {state for _, state in firing} == {"firing"}
+        assert 899 < one["population"] < 1_850, "increase extrapolates to the window's end"
+    drifting = {line["feature"] for line in second_lines if line["drifts"]}
+    assert "views_1d" in drifting
+    assert "loyalty" not in drifting
+    assert set(firing) == {(feature, "firing") for feature in drifting - {drift.SCORE}}
     assert "drifts" in shown.out
     assert "no propensity:psi:1h" in unknown.complaint
 
