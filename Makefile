@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-dev run test lint format examples load bench bench-features bench-ingest bench-memory bench-training drift-proof rules faults fresh-run lock image clean system again
+.PHONY: help setup setup-dev run test lint format examples load bench bench-features bench-ingest bench-memory bench-training drift-proof rules faults fresh-run lock image dashboards observe traffic preview clean system again
 
 BIN := .venv/bin
 PORT ?= 8000
@@ -84,6 +84,21 @@ bench-training: .venv/.ready-dev ## Measure time and memory of simulating and of
 
 fresh-run: ## Clone this checkout and time its `make run` to the first score, first start and second
 	@$(or $(PYTHON),python3) loadtest/fresh_run.py
+
+dashboards: .venv/.ready-dev ## Write deploy/grafana/dashboards/*.json from the code beside them
+	@$(BIN)/python -W ignore -m deploy.grafana
+
+PROMETHEUS_PORT ?= 9090
+
+observe: .venv/.ready ## Watch the service on PORT with Prometheus, and Grafana where it is installed, until Ctrl-C
+	@$(MAKE) --no-print-directory system PROGRAMS=prometheus
+	@$(BIN)/python -m deploy.observe --port $(PORT) --prometheus-port $(PROMETHEUS_PORT)
+
+traffic: .venv/.ready ## Score rows of the shop's training again on PORT: SECONDS=60, and DRIFT=FEATURE to see an alarm
+	@$(BIN)/python -m deploy.grafana.traffic --port $(PORT) --seconds $(SECONDS) $(if $(DRIFT),--drift $(DRIFT))
+
+preview: .venv/.ready-dev ## Draw the dashboards without Grafana, from the Prometheus on PROMETHEUS_PORT (9090)
+	@$(BIN)/python -W ignore -m deploy.grafana.preview --prometheus http://127.0.0.1:$(PROMETHEUS_PORT) $(OPTIONS)
 
 image: ## Build the serving image with the models in artifacts/
 	docker build --tag propensity .
