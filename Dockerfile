@@ -26,7 +26,8 @@ ENV PATH=/opt/propensity/bin:$PATH \
     PROPENSITY_HOST=0.0.0.0 \
     PROPENSITY_PORT=8000 \
     PROPENSITY_ARTIFACTS=/artifacts \
-    PROPENSITY_DATA_DIR=/data
+    PROPENSITY_DATA_DIR=/data \
+    PROPENSITY_LOG_FORMAT=json
 USER propensity
 WORKDIR /data
 VOLUME /data

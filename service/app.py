@@ -19,7 +19,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
-from service import embedded, errors, location, metrics, models, port, supervisor
+from service import embedded, errors, location, logs, metrics, models, port, supervisor, tracing
 from service.api import events, health, inference, scores, visitors
 from service.api import models as models_api
 from service.api.admission import Admission
@@ -28,11 +28,13 @@ from service.api.state import State
 from service.api.tensors import InferIn
 from service.http import KEEP_ALIVE_S, Protocol, close_stalled
 from service.lifecycle import Lifecycle, Server, cancel
+from service.logs import RequestId
 from service.metrics import RequestTimer
 from service.score_log import ScoreLog
 from service.scorer import Scorer
 from service.settings import Settings
 from service.store import Store
+from service.tracing import Traced
 from service.workers import compaction, telling
 
 logger = logging.getLogger(__name__)
@@ -61,12 +63,15 @@ def create_app(settings: Settings, lifecycle: Lifecycle | None = None) -> FastAP
         redoc_url=None,
         redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,
+        # Ours are in `service.tracing`: these have paths, and with them ids of visitors, in their spans.
         telemetry={"tracing": False, "metrics": False, "logs": False, "operation_spans": False},
     )
     for noun in (scores, events, visitors, models_api, inference, health):
         app.include_router(noun.router)
     app.add_middleware(Admission, most=settings.in_flight)
     app.add_middleware(RequestTimer)
+    app.add_middleware(Traced)
+    app.add_middleware(RequestId)
     errors.install(app)
     app.openapi = _openapi(app)  # type: ignore[method-assign]
     return app
@@ -77,7 +82,7 @@ def serve(settings: Settings) -> None:
     if settings.workers > 1:
         supervisor.serve(settings)
         return
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logs.configure(settings.log_format, settings.log_level)
     # Before there is a server that handles it, it is to end in order too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     port.require_free(settings.host, settings.port)
@@ -99,6 +104,7 @@ def run(settings: Settings, bound: socket.socket | None = None, on_ready: Callab
         port=settings.port,
         loop="uvloop",
         http=Protocol,
+        ws="none",  # there is no route for one, and those who want it would be told in the log, with the path
         access_log=False,
         server_header=False,
         proxy_headers=False,
@@ -142,6 +148,7 @@ async def open_store(settings: Settings, history_ms: int) -> AsyncIterator[Store
 @asynccontextmanager
 async def open_state(settings: Settings, lifecycle: Lifecycle) -> AsyncIterator[State]:
     """The resources of one process: the models, the feature cache, and the scorer that has both."""
+    asyncio.get_running_loop().set_exception_handler(logs.log_loop_error)
     metrics.set_service(_version(), settings.latency_objective_ms)
     loaded = models.load(settings.artifacts, settings.default_model)
     async with open_store(settings, loaded.history_ms) as store:
@@ -155,7 +162,8 @@ async def open_state(settings: Settings, lifecycle: Lifecycle) -> AsyncIterator[
             breaker_pause_ms=settings.breaker_pause_ms,
         )
         log = ScoreLog(store, length=settings.score_log_length, buffer=settings.score_log_buffer)
-        lane = ExpressLane(scorer, log, settings.body_bytes)
+        traces = tracing.start(_version())
+        lane = ExpressLane(scorer, log, settings.body_bytes, traces)
         chores = [
             asyncio.create_task(close_stalled(lane.connections, settings.request_timeout_s)),
             asyncio.create_task(compaction.run(store)),
@@ -172,6 +180,7 @@ async def open_state(settings: Settings, lifecycle: Lifecycle) -> AsyncIterator[
                 scorer=scorer,
                 score_log=log,
                 lane=lane,
+                tracing=traces,
                 lifecycle=lifecycle,
             )
         finally:
@@ -179,6 +188,8 @@ async def open_state(settings: Settings, lifecycle: Lifecycle) -> AsyncIterator[
             scorer.close()
             await log.close()
             telling.tell(loaded, scorer)
+            if traces is not None:
+                traces.close()
             gc.unfreeze()
 
 

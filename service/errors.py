@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
+from service import logs
 from service.core.errors import PropensityError
 
 logger = logging.getLogger(__name__)
@@ -194,7 +195,9 @@ def _json(content: dict[str, Any], status: int, media_type: str, headers: dict[s
 
 async def _on_service_error(request: Request, error: ServiceError) -> Response:
     if error.status >= 500:
-        logger.warning("%s %r: %s: %r", request.method, request.url.path, error, error.__cause__)
+        came_from = f"; it came from {causes}" if (causes := logs.causes(error)) else ""
+        route = logs.route_of(request.scope)
+        logger.warning("%s %s: %d: %s%s", logs.method_of(request.scope), route, error.status, error, came_from)
     return respond(request, body_of(error, request.url.path), error.headers)
 
 
@@ -226,9 +229,10 @@ async def _on_disconnect(request: Request, _: ClientDisconnect) -> Response:
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:
-    # Starlette raises it again for the server's log, so it is not logged here.
+    # The middleware has logged it, with the id, which it cannot add to this answer.
     detail = f"a bug in the service ({type(error).__name__}); its log has the details"
-    return respond(request, _members("about:blank", "Internal Server Error", 500, detail, request.url.path))
+    members = _members("about:blank", "Internal Server Error", 500, detail, request.url.path)
+    return respond(request, members, {logs.REQUEST_ID_HEADER: request.scope["request_id"]})
 
 
 def install(app: FastAPI) -> None:

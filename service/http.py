@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection
+from functools import partial
 from time import perf_counter
 from typing import Any, Final
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from service.api.express import Asked, ExpressLane
+from service.api.express import PATH, Asked, ExpressLane
 from service.errors import Overloaded
 from service.lifecycle import CLOSE
 from service.scorer import Outcome, Waiting
 from service.scoring import Score, Timing
+from service.tracing import Marks
 
 MOST_HEAD_BYTES: Final = 64 * 1024
 # Longer than the 60 s of common load balancers, which else send a request into a connection that is being closed.
@@ -86,11 +88,14 @@ class Protocol(HttpToolsProtocol):
     def _ask(self, asked: Asked) -> None:
         self._unset_keepalive_if_required()
         try:
-            self._asked = self._lane.scorer.submit(asked.request, self._answer, asked.timeout_ms)
+            deliver = self._answer if asked.marks is None else partial(self._answer, marks=asked.marks)
+            self._asked = self._lane.scorer.submit(asked.request, deliver, asked.timeout_ms)
             self.waiting_since = None
         except Overloaded as error:
             self._data = b""
-            self._write(429, self._lane.refusal(error))
+            self._write(429, self._lane.refusal(error, asked.marks))
+            if self._lane.tracing is not None:
+                self._lane.tracing.add_refusal(PATH, 429, asked.marks)
 
     def _take_usual_way(self) -> None:
         data, self._data = self._data, b""
@@ -125,13 +130,16 @@ class Protocol(HttpToolsProtocol):
             self.flow.pause_reading()
             self.loop.call_later(_LINGER_S, self.transport.close)
 
-    def _answer(self, outcome: Outcome, timing: Timing) -> None:
+    def _answer(self, outcome: Outcome, timing: Timing, marks: Marks | None = None) -> None:
         asked, self._asked = self._asked, None
         assert asked is not None
         if isinstance(outcome, Score):
             self._data = b""
-            self._write(200, self._lane.answer(outcome, timing, perf_counter() - asked.arrived))
+            seconds = perf_counter() - asked.arrived
+            self._write(200, self._lane.answer(outcome, timing, seconds, marks))
             self.server_state.total_requests += 1
+            if self._lane.tracing is not None:
+                self._lane.tracing.add_score(PATH, seconds, outcome, timing, marks)
         else:  # the route knows what to say
             self._take_usual_way()
         if self._early and not self.transport.is_closing():

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, cast
 import hiredis
 
 from service.errors import StoreError
+from service.servers import without_arguments
 
 Values = list[Any]
 _VALUES = frozenset({bytes, type(None)})
@@ -151,7 +152,7 @@ class _Connection(asyncio.Protocol):
             self._refuse(error)
 
     def _take(self, reply: Any) -> None:
-        refusal = reply if isinstance(reply, hiredis.HiredisError) else None
+        refusal = without_arguments(str(reply)) if isinstance(reply, hiredis.HiredisError) else None
         if self._greetings:
             self._greetings -= 1
             if refusal is not None:

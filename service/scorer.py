@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
 from typing import Final
 
-from service import metrics, scoring
+from service import metrics, scoring, tracing
 from service.breaker import Breaker, State
 from service.errors import Overloaded, ServiceError
 from service.history import History, unfold
@@ -126,9 +126,11 @@ class Scorer:
         answer: asyncio.Future[tuple[Outcome, Timing]] = self._loop.create_future()
         waiting = self.submit(request, _into(answer), timeout_ms)
         try:
-            return await answer
+            outcome, timing = await answer
         finally:
             waiting.is_gone = True
+        tracing.add_stages(waiting.arrived, timing, outcome)
+        return outcome, timing
 
     async def score(self, requests: Sequence[ScoreRequest], timeout_ms: float | None = None) -> list[Outcome]:
         """The score of each request, in order; they go in groups of their own, one after the other.
@@ -155,7 +157,9 @@ class Scorer:
                 for request, answer in zip(requests, answers, strict=True)
             ]
         )
-        return [(await answer)[0] for answer in answers]
+        results = [await answer for answer in answers]
+        tracing.add_stages(now, results[0][1], results[0][0])
+        return [outcome for outcome, _ in results]
 
     def _allowed_s(self, timeout_ms: float | None) -> float:
         return self._deadline_s if timeout_ms is None else min(timeout_ms / 1000, self._max_deadline_s)

@@ -52,6 +52,11 @@ class Refusal(NamedTuple):
         return self.text.startswith(("READONLY", "CLUSTERDOWN", "MASTERDOWN", "LOADING"))
 
 
+def without_arguments(text: str) -> str:
+    """A server's error without what it was asked, which `unknown command` repeats: keys of visitors, passwords."""
+    return text.partition(", with args beginning")[0]
+
+
 class Node(Protocol):
     """One server and the connections to it."""
 

@@ -10,6 +10,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service import location
 from service.core.errors import PropensityError
+from service.logs import Format, Level
 
 OBJECTIVES_MS: Final = (5, 10, 25, 50)
 Positive = Annotated[int, Field(gt=0)]
@@ -127,6 +128,13 @@ class Settings(BaseSettings):
         ge=0,
         description="Days a silent visitor is kept beyond the longest history of the models; the time that a "
         "model with a longer history may take to arrive.",
+    )
+
+    log_format: Format = Field(
+        "text", description="How the log on stderr looks: text for people, json with one object a line for collectors."
+    )
+    log_level: Level = Field(
+        "info", description="The least important lines that are logged: debug, info, warning or error."
     )
 
     @field_validator("latency_objective_ms")

@@ -578,7 +578,8 @@ def _told(error: ResponseError) -> Redirect | Refusal:
     """What a server's error says."""
     if isinstance(error, AskError):  # of which MovedError is one
         return Redirect(error.slot_id, (error.host, error.port), not isinstance(error, MovedError))
-    return Refusal(f"{error.status_code} {error}" if error.status_code else str(error))
+    text = servers.without_arguments(str(error))
+    return Refusal(f"{error.status_code} {text}" if error.status_code else text)
 
 
 @contextmanager

@@ -26,13 +26,12 @@ from typing import Any, Final, TypedDict
 
 from prometheus_client.multiprocess import mark_process_dead
 
-from service import embedded, port
+from service import embedded, logs, port
 from service.core.errors import PropensityError
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-LOG_FORMAT: Final = "%(levelname)s %(process)d %(name)s: %(message)s"
 # What a worker is told after its orders, and what it answers if it can.
 SERVE: Final = "serve"
 REPLACE: Final = "replace"
@@ -68,7 +67,7 @@ class Worker:
 
 def serve(settings: Settings) -> None:
     """Serve with several workers until interrupted. Raises PropensityError if they cannot be started."""
-    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+    logs.configure(settings.log_format, settings.log_level, with_process=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     port.require_free(settings.host, settings.port)
     with ExitStack() as stack:
@@ -113,6 +112,7 @@ class Supervisor:
         """Keep the workers until a signal comes and they have ended. Raises PropensityError if one cannot begin."""
         for each in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(each, self._pass_on, each)
+        asyncio.get_running_loop().set_exception_handler(logs.log_loop_error)
         reason = None
         try:
             async with asyncio.TaskGroup() as places:

@@ -20,10 +20,10 @@ from typing import TextIO
 
 from prometheus_client import values
 
-from service import port
+from service import logs, port
 from service.core.errors import PropensityError
-from service.settings import load
-from service.supervisor import LOG_FORMAT, READY, REPLACE, Orders
+from service.settings import Settings, load
+from service.supervisor import READY, REPLACE, Orders
 
 logger = logging.getLogger("service.worker")
 
@@ -32,12 +32,13 @@ def main() -> None:
     """Take the orders, serve, and leave nothing behind."""
     for each in (signal.SIGTERM, signal.SIGINT):  # until there is a server that handles them
         signal.signal(each, lambda *_: sys.exit(0))
-    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     channel, is_orphan = socket.socket(fileno=sys.stdin.fileno()), threading.Event()
     lines = channel.makefile()
     orders: Orders = json.loads(lines.readline())
+    settings = load(**orders["settings"])
+    logs.configure(settings.log_format, settings.log_level, with_process=True)
     try:
-        _serve(orders, channel, lines, is_orphan)
+        _serve(orders, settings, channel, lines, is_orphan)
     except PropensityError as error:
         channel.sendall(f"{error}\n".encode())
         sys.exit(2)
@@ -46,16 +47,18 @@ def main() -> None:
             shutil.rmtree(orders["temporary"], ignore_errors=True)
 
 
-def _serve(orders: Orders, channel: socket.socket, lines: TextIO, is_orphan: threading.Event) -> None:
+def _serve(
+    orders: Orders, settings: Settings, channel: socket.socket, lines: TextIO, is_orphan: threading.Event
+) -> None:
     # Before the first metric is made: its files are those of the name, and go on with what they hold.
     values.ValueClass = values.MultiProcessValue(lambda: orders["name"])  # type: ignore[no-untyped-call]
-    from service import app, metrics
+    from service import app, metrics, tracing
 
+    tracing.prepare()
     order = lines.readline().strip()
     threading.Thread(target=_end_with_supervisor, args=[lines, is_orphan, orders["limit_s"]], daemon=True).start()
     if order == REPLACE:
         metrics.WORKER_RESTARTS.inc()
-    settings = load(**orders["settings"])
     shared = orders["listener"]
     bound = port.bind(settings.host, settings.port, shared=True) if shared is None else socket.socket(fileno=shared)
     app.run(settings, bound, on_ready=lambda: channel.sendall(f"{READY}\n".encode()))

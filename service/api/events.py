@@ -14,7 +14,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 from pydantic_core import to_json
 
-from service import ingest, metrics
+from service import ingest, metrics, tracing
 from service.api.body import JSONRoute
 from service.api.state import CurrentModels, CurrentSettings, CurrentStore
 from service.errors import InvalidRequest, ModelNotReady, Place, RefusedEvent, TooLarge, answers
@@ -133,10 +133,11 @@ async def take(body: object, size: int, store: Store, models: Models, settings: 
     if is_alone and limit is not None:
         raise TooLarge(f"an event may have {limit} bytes; keep to what models and reports read")
     outcomes = [_judge(models.catalogue, event, limit, now_ms) for event in batch]
-    outcomes = await _keep(store, outcomes, now_ms)
-    counts = Counter(map(type, outcomes))
-    if counts[Refused]:
-        await _quarantine(store, batch, outcomes, now_ms, settings.quarantine_length)
+    with tracing.stage("store"):
+        outcomes = await _keep(store, outcomes, now_ms)
+        counts = Counter(map(type, outcomes))
+        if counts[Refused]:
+            await _quarantine(store, batch, outcomes, now_ms, settings.quarantine_length)
     for kind, status in _STATUS.items():
         metrics.events(status).add(counts[kind])
     models.intake.add(batch, outcomes, now_ms)

@@ -8,6 +8,7 @@ decides and says what is wrong. So there is one definition of both, and the lane
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Any, Final, NamedTuple
 
 import httptools
@@ -17,9 +18,11 @@ from service import metrics
 from service.api.scores import TIMEOUT_HEADER, encode
 from service.errors import MEDIA_TYPE, Overloaded, body_of
 from service.ingest import LONGEST_ID
+from service.logs import REQUEST_ID
 from service.score_log import ScoreLog
 from service.scorer import Scorer
 from service.scoring import Score, ScoreRequest, Timing
+from service.tracing import TRACEPARENT, TRACESTATE, Marks, Tracing
 
 PATH: Final = "/v1/score"
 _START: Final = b"POST /v1/score HTTP/1.1\r\n"
@@ -27,21 +30,29 @@ _TYPES: Final = (b"application/json", b"application/json; charset=utf-8")
 # Heads that are remembered. A client sends the same one with most requests, unless it numbers them.
 _MOST_HEADS: Final = 1024
 _LONGEST_HEAD: Final = 4096
+# Lines of a head that are others with every request. Only what any parser takes for a line of its own: the next one
+# belongs to no earlier one. What looks otherwise stays in the head, and its parser decides. Spelled out, since ignoring
+# the case takes twice as long.
+_MARK: Final = re.compile(
+    rb"\r\n([Xx]-[Rr]equest-[Ii][Dd]|[Tt]race[Pp]arent|[Tt]race[Ss]tate): ?([ -~]{1,512})(?=\r\n[^ \t]|\Z)"
+)
+_is_plain: Final = re.compile(REQUEST_ID).fullmatch
 _Values = dict[str, str | bool | int | float | None]
 
 
 class Asked(NamedTuple):
-    """A plain request, and how long its client waits for the answer if it says."""
+    """A plain request, how long its client waits for the answer if it says, and what marks it if anything does."""
 
     request: ScoreRequest
     timeout_ms: int | None
+    marks: Marks | None = None
 
 
 class ExpressLane:
     """Reads plain requests for one score and writes their answers. One per process."""
 
-    def __init__(self, scorer: Scorer, log: ScoreLog, body_bytes: int) -> None:
-        self.scorer, self._log, self._body_bytes = scorer, log, body_bytes
+    def __init__(self, scorer: Scorer, log: ScoreLog, body_bytes: int, tracing: Tracing | None = None) -> None:
+        self.scorer, self._log, self._body_bytes, self.tracing = scorer, log, body_bytes, tracing
         self.connections: set[Any] = set()
         self._heads: dict[bytes, _Head | None] = {}
         self._headers: list[tuple[bytes, bytes]] = []
@@ -54,10 +65,11 @@ class ExpressLane:
         raw_head, end, body = data.partition(b"\r\n\r\n")
         if not end or len(raw_head) > _LONGEST_HEAD:
             return False
+        marks = None
         try:
             head = self._heads[raw_head]
         except KeyError:
-            head = self._learn(raw_head)
+            head, marks = self._look_closer(raw_head)
         if head is None or len(body) > head.length or b"\\" in body:
             return False
         if len(body) < head.length:
@@ -69,11 +81,26 @@ class ExpressLane:
         if body.count(b":") != asked.colons():
             return False
         request = ScoreRequest(asked.visitor_id, asked.model or None, asked.context or {}, asked.features or {})
-        return Asked(request, head.timeout_ms)
+        return Asked(request, head.timeout_ms, marks)
+
+    def _look_closer(self, raw: bytes) -> tuple[_Head | None, Marks | None]:
+        """A head that is not known, as it is without the lines that differ with every request, and what these say."""
+        if not raw.startswith(_START):
+            return None, None
+        parts = _MARK.split(raw)  # what is between the lines, with the name and the value of each in turn
+        if len(parts) == 1:
+            return self._learn(raw), None
+        found = dict(zip(map(bytes.lower, parts[1::3]), parts[2::3], strict=True))
+        marks = Marks(found.get(b"x-request-id"), found.get(TRACEPARENT), found.get(TRACESTATE))
+        if len(found) < len(parts) // 3 or not (marks.request_id is None or _is_plain(marks.request_id)):
+            return None, None
+        common = b"".join(parts[::3])
+        try:
+            return self._heads[common], marks
+        except KeyError:
+            return self._learn(common), marks
 
     def _learn(self, raw: bytes) -> _Head | None:
-        if not raw.startswith(_START):
-            return None
         if len(self._heads) >= _MOST_HEADS:
             self._heads.clear()
         head = self._heads[raw] = _plain_head(raw, self._body_bytes)
@@ -85,23 +112,30 @@ class ExpressLane:
             self._headers, self._header_bytes = headers, b"".join([b"%b: %b\r\n" % header for header in headers])
         return self._header_bytes
 
-    def answer(self, score: Score, timing: Timing, seconds: float) -> bytes:
+    def answer(self, score: Score, timing: Timing, seconds: float, marks: Marks | None = None) -> bytes:
         """Headers from the content type on, and the body; the score is logged and its time counted."""
         body = encode(score)
         self._log.add(body)
         self._seconds.add(seconds)
-        return b"content-type: application/json\r\nserver-timing: %b\r\ncontent-length: %d\r\n\r\n%b" % (
+        return b"content-type: application/json\r\n%bserver-timing: %b\r\ncontent-length: %d\r\n\r\n%b" % (
+            _told_id(marks),
             timing.header().encode(),
             len(body),
             body,
         )
 
-    def refusal(self, error: Overloaded) -> bytes:
+    def refusal(self, error: Overloaded, marks: Marks | None = None) -> bytes:
         """The same for a request that is one too many."""
         self._refused_seconds.add(0)
         body = json.dumps(body_of(error, PATH)).encode()
         headers = "".join(f"{name.lower()}: {value}\r\n" for name, value in error.headers.items())
-        return f"content-type: {MEDIA_TYPE}\r\n{headers}content-length: {len(body)}\r\n\r\n".encode() + body
+        head = f"content-type: {MEDIA_TYPE}\r\n{headers}content-length: {len(body)}\r\n\r\n".encode()
+        return b"%b%b%b" % (_told_id(marks), head, body)
+
+
+def _told_id(marks: Marks | None) -> bytes:
+    """The header that gives a client its own id back. Others get none: nothing of an answer here is in the log."""
+    return b"x-request-id: %b\r\n" % marks.request_id if marks is not None and marks.request_id is not None else b""
 
 
 class _Asked(msgspec.Struct, forbid_unknown_fields=True):
@@ -157,7 +191,7 @@ def _plain_head(raw: bytes, most_bytes: int) -> _Head | None:
     is_plain = (
         len(headers) == len(found.headers)
         and headers.get(b"content-type", b"").lower() in _TYPES
-        and not headers.keys() & {b"content-encoding", b"transfer-encoding", b"expect", b"upgrade"}
+        and not headers.keys() & {b"content-encoding", b"transfer-encoding", b"expect", b"upgrade", b"x-request-id"}
         and parser.should_keep_alive()
         and length.isdigit()
         and len(length) < 10

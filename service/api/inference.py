@@ -16,7 +16,7 @@ from fastapi import APIRouter, Header, Path, Request
 from pydantic import BaseModel, Field
 from starlette.responses import Response
 
-from service import metrics
+from service import metrics, tracing
 from service.api import body, tensors
 from service.api.state import CurrentLifecycle, CurrentModels, CurrentScorer, CurrentSettings
 from service.api.tensors import InferIn
@@ -228,7 +228,8 @@ async def _infer(models: Models, bundle: Bundle, scorer: Scorer, most: int, aske
 
 def _ask(bundle: Bundle, population: Population, matrix: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     began = perf_counter()
-    propensities = bundle.predict(matrix)
+    with tracing.stage("model"):
+        propensities = bundle.predict(matrix)
     metrics.stage("model").add(perf_counter() - began)
     for segment, times in Counter(map(bundle.segment, propensities.tolist())).items():
         metrics.scores(bundle.name, bundle.version, segment).add(times)

@@ -12,6 +12,7 @@ from service.score_log import ScoreLog
 from service.scorer import Scorer
 from service.settings import Settings
 from service.store import Store
+from service.tracing import Tracing
 
 if TYPE_CHECKING:  # it is made of routes, which ask for the state
     from service.api.express import ExpressLane
@@ -26,6 +27,7 @@ class State(TypedDict):
     scorer: Scorer
     score_log: ScoreLog
     lane: ExpressLane
+    tracing: Tracing | None
     lifecycle: Lifecycle
 
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.responses import Response
 
+from service import tracing
 from service.api.state import CurrentModels, CurrentStore
 from service.core import events
 from service.core.bundle import Bundle
@@ -79,7 +80,8 @@ class VisitorOut(BaseModel):
 @router.get("/{visitor_id:anything}", responses=answers(404, 422, 503), summary="What is known of a visitor")
 async def get_visitor(visitor_id: VisitorId, store: CurrentStore, models: CurrentModels) -> VisitorOut:
     """Events by kind, traits, and the features of now. A visitor who was never seen has none, which is no error."""
-    [history] = await store.read([visitor_id])
+    with tracing.stage("store"):
+        [history] = await store.read([visitor_id])
     now_ms = unix_ms()
     return VisitorOut(
         visitor_id=visitor_id,
@@ -93,7 +95,8 @@ async def get_visitor(visitor_id: VisitorId, store: CurrentStore, models: Curren
 @router.delete("/{visitor_id:anything}", status_code=204, responses=answers(404, 422, 503), summary="Forget a visitor")
 async def erase_visitor(visitor_id: VisitorId, store: CurrentStore) -> Response:
     """Erase events, traits and quarantined events. 204 also where nothing was known."""
-    await store.erase(visitor_id)
+    with tracing.stage("store"):
+        await store.erase(visitor_id)
     return Response(status_code=204)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, cast
 
 import httpx2
@@ -150,8 +151,71 @@ def test_a_body_beyond_the_limit_is_left_to_the_route() -> None:
 def test_heads_that_differ_in_each_request_take_no_more_room_than_a_bound() -> None:
     lane = ExpressLane(cast(Scorer, Unused()), cast(ScoreLog, Unused()), 10_000)
     for number in range(5000):
-        assert lane.read(head(len(BODY), f"X-Request-Id: {number}") + BODY)
+        assert lane.read(head(len(BODY), f"X-Number: {number}") + BODY)
     assert len(lane._heads) <= 1024
+
+
+ID = "2d1b3c9a-6a5f"
+PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+def test_heads_that_only_their_marks_tell_apart_are_remembered_as_one_wherever_the_marks_stand() -> None:
+    lane = ExpressLane(cast(Scorer, Unused()), cast(ScoreLog, Unused()), 10_000)
+    for number in range(2000):
+        marks = (f"X-Request-ID: {number}", f"traceparent: 00-{number:032x}-{number:016x}-01", "tracestate: a=1, b=2")
+        data = head(len(BODY), *marks) + BODY
+        if number % 2:  # right below the first line
+            lines = data.split(b"\r\n")
+            data = b"\r\n".join([lines[0], *lines[4:7], *lines[1:4], *lines[7:]])
+        asked = lane.read(data)
+        assert isinstance(asked, express.Asked)
+        parent = f"00-{number:032x}-{number:016x}-01".encode()
+        assert asked.marks == (str(number).encode(), parent, b"a=1, b=2")
+    assert len(lane._heads) == 1
+
+
+@pytest.mark.parametrize("name", ["X-Request-ID", "x-request-id", "X-Request-Id"])
+def test_a_plain_request_id_is_read_however_its_name_is_written(name: str) -> None:
+    asked = read(head(len(BODY), f"{name}: {ID}") + BODY)
+    assert isinstance(asked, express.Asked)
+    assert asked.marks is not None
+    assert asked.marks.request_id == ID.encode()
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ("X-Request-ID: a b",),
+        ("X-Request-ID: shopper@example.org",),
+        ("X-Request-ID:",),
+        ("X-Request-ID: " + "a" * 129,),
+        ("X-REQUEST-ID: a",),
+        ("X-Request-ID: a\r\n b",),
+        ("X-Request-ID: a", "X-Request-ID: a"),
+        ("X-Request-ID: a", "x-request-id: b"),
+        ("X-Request-ID: a", "X-Request-ID: b c"),
+        (f"traceparent: {PARENT}", f"traceparent: {PARENT}"),
+        ("X-Request-ID : a",),
+    ],
+)
+def test_a_request_id_that_is_unusual_in_any_way_is_left_to_the_route(lines: tuple[str, ...]) -> None:
+    assert read(head(len(BODY), *lines) + BODY) is False
+
+
+@pytest.mark.parametrize("line", ["X-Request-ID: a\r\n\tTransfer-Encoding: chunked", "X: a\nX-Request-ID: b"])
+def test_a_line_that_a_parser_may_see_otherwise_is_never_cut_out(line: str) -> None:
+    assert express._MARK.search(head(len(BODY), line)) is None
+
+
+def test_a_request_id_comes_back_with_the_answer_of_the_lane_and_of_the_route(service: ServiceProcess) -> None:
+    url = service.url + express.PATH
+    for kind in ("application/json", "application/json; by=route"):
+        headers = {"Content-Type": kind, "X-Request-ID": ID}
+        assert httpx2.post(url, content=BODY, headers=headers).headers["x-request-id"] == ID
+    for unusual in ("", "not plain", "a" * 129):
+        headers = {"Content-Type": "application/json; by=route", "X-Request-ID": unusual}
+        made = httpx2.post(url, content=BODY, headers=headers).headers["x-request-id"]
+        assert re.fullmatch("[0-9a-f]{32}", made)
 
 
 _values = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False) | st.text()
@@ -198,6 +262,7 @@ def test_the_lane_and_the_route_give_the_same_answer(service: ServiceProcess) ->
     for answer in answers:
         del answer["score_id"], answer["scored_at"]
     assert answers[0] == answers[1]
+    assert unusual.headers.pop("x-request-id")  # made by the route; the lane gives back what it is given
     for response in (plain, unusual):
         del response.headers["date"], response.headers["server-timing"]
     assert dict(plain.headers) == dict(unusual.headers)
