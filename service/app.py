@@ -34,7 +34,7 @@ from service.score_log import ScoreLog
 from service.scorer import Scorer
 from service.settings import Settings
 from service.store import Store
-from service.tracing import Traced
+from service.tracing import Traced, Tracing
 from service.workers import compaction, telling
 
 logger = logging.getLogger(__name__)
@@ -47,10 +47,10 @@ page needs one; what was just sent is in the next score. Errors are `application
 """
 
 
-def create_app(settings: Settings, lifecycle: Lifecycle | None = None) -> FastAPI:
+def create_app(settings: Settings, lifecycle: Lifecycle | None = None, traces: Tracing | None = None) -> FastAPI:
     """The ASGI application. Its lifespan loads the models, and starts the embedded server if no Redis is given.
 
-    Whoever runs it says by `lifecycle` when it is about to end.
+    Whoever runs it says by `lifecycle` when it is about to end. Its end closes `traces`.
     """
     lifecycle = lifecycle or Lifecycle()
     app = FastAPI(
@@ -59,7 +59,7 @@ def create_app(settings: Settings, lifecycle: Lifecycle | None = None) -> FastAP
         summary="Real-time propensity scores",
         description=DESCRIPTION,
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
-        lifespan=lambda _: open_state(settings, lifecycle),
+        lifespan=lambda _: open_state(settings, lifecycle, traces),
         redoc_url=None,
         redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,
@@ -96,10 +96,13 @@ def serve(settings: Settings) -> None:
 
 
 def run(settings: Settings, bound: socket.socket | None = None, on_ready: Callable[[], None] = lambda: None) -> None:
-    """Serve in this process, on the port of the settings or on a socket that is bound to it, until a signal comes."""
+    """Serve in this process, on the port of the settings or on a socket that is bound to it, until a signal comes.
+
+    Raises PropensityError for variables of tracing that cannot be followed.
+    """
     lifecycle = Lifecycle()
     config = uvicorn.Config(
-        create_app(settings, lifecycle),
+        create_app(settings, lifecycle, tracing.start(_version())),
         host=settings.host,
         port=settings.port,
         loop="uvloop",
@@ -146,7 +149,7 @@ async def open_store(settings: Settings, history_ms: int) -> AsyncIterator[Store
 
 
 @asynccontextmanager
-async def open_state(settings: Settings, lifecycle: Lifecycle) -> AsyncIterator[State]:
+async def open_state(settings: Settings, lifecycle: Lifecycle, traces: Tracing | None = None) -> AsyncIterator[State]:
     """The resources of one process: the models, the feature cache, and the scorer that has both."""
     asyncio.get_running_loop().set_exception_handler(logs.log_loop_error)
     metrics.set_service(_version(), settings.latency_objective_ms)
@@ -162,7 +165,6 @@ async def open_state(settings: Settings, lifecycle: Lifecycle) -> AsyncIterator[
             breaker_pause_ms=settings.breaker_pause_ms,
         )
         log = ScoreLog(store, length=settings.score_log_length, buffer=settings.score_log_buffer)
-        traces = tracing.start(_version())
         lane = ExpressLane(scorer, log, settings.body_bytes, traces)
         chores = [
             asyncio.create_task(close_stalled(lane.connections, settings.request_timeout_s)),

@@ -75,7 +75,7 @@ def start(version: str) -> Tracing | None:
     if not is_wanted():
         return None
     endpoint_name, endpoint = _endpoint()
-    if urlsplit(endpoint).scheme not in ("http", "https") or not urlsplit(endpoint).hostname:
+    if not _is_url(endpoint):
         raise PropensityError(f"{endpoint_name} is no URL of a collector; write one as http://127.0.0.1:4318")
     protocol_name, protocol = next(
         ((name, value) for name in _PROTOCOLS if (value := os.environ.get(name))), ("", "http/protobuf")
@@ -102,6 +102,14 @@ def prepare() -> None:
             f"{_endpoint()[0]} is set, and {error.name} is not installed; "
             "install it with pip install 'propensity[tracing]', or set OTEL_SDK_DISABLED=true"
         ) from None
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def _endpoint() -> tuple[str, str]:
