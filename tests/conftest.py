@@ -288,11 +288,12 @@ class ServiceProcess:
         given = {"port": self.port, "deadline_ms": 2000, "shutdown_delay_ms": 0, **settings}
         environment = {f"PROPENSITY_{name.upper()}": str(value) for name, value in given.items()}
         command = "from service.app import serve; from service.settings import Settings; serve(Settings())"
+        path = filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")))
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", command],
                 cwd=directory,
-                env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **environment},
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(path), **environment},
                 stdout=log,
                 stderr=log,
             )
