@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-dev run test lint format examples load bench bench-features bench-ingest bench-memory bench-training drift-proof rules faults fresh-run lock image dashboards observe traffic preview clean system again
+.PHONY: help setup setup-dev run test lint format examples load bench bench-features bench-ingest bench-memory bench-training bench-tracing drift-proof rules faults fresh-run lock image dashboards observe traffic preview clean system again
 
 BIN := .venv/bin
 PORT ?= 8000
@@ -81,6 +81,10 @@ bench-memory: .venv/.ready-dev ## Measure the memory of a million visitors, befo
 
 bench-training: .venv/.ready-dev ## Measure time and memory of simulating and of training on 1 and 20 million events
 	@$(BIN)/python -m loadtest.bench_training
+
+bench-tracing: .venv/.ready-dev ## Measure what traces cost a score, off and on
+	@$(MAKE) --no-print-directory system PROGRAMS="redis-server wrk"
+	@$(BIN)/python -m loadtest.bench_tracing
 
 fresh-run: ## Clone this checkout and time its `make run` to the first score, first start and second
 	@$(or $(PYTHON),python3) loadtest/fresh_run.py

@@ -19,11 +19,11 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.core.bundle import Bundle
+from service.logs import method_of, route_of
 
 # The time of each series' creation doubles what is scraped, and nothing here needs it.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
-_METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _REQUEST_BUCKETS: Final = (
     *(0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025),
     *(0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0),
@@ -390,6 +390,4 @@ class RequestTimer:
         try:
             await self.app(scope, receive, note_status)
         finally:
-            route = getattr(scope.get("route"), "path_format", "none")
-            method = scope["method"] if scope["method"] in _METHODS else "other"
-            REQUEST_SECONDS.labels(route, method, status).observe(time.perf_counter() - started)
+            REQUEST_SECONDS.labels(route_of(scope), method_of(scope), status).observe(time.perf_counter() - started)

@@ -267,11 +267,12 @@ def test_every_worker_exports_and_the_sampler_of_the_environment_decides(
 
     def pids() -> set[int]:
         for headers in ({}, {"traceparent": PARENT}):
-            answer = httpx2.post(f"{service.url}/v1/score", json={"visitor_id": "a"}, headers=headers)
-            assert answer.status_code == 200
+            assert client.post("/v1/score", json={"visitor_id": "a"}, headers=headers).status_code == 200
         return {span.resource["process.pid"] for span in collector.spans}
 
-    wait_until(lambda: len(pids()) == 2)
+    # A connection for each request: the kernel spreads them over the workers.
+    with httpx2.Client(base_url=service.url, limits=httpx2.Limits(max_keepalive_connections=0)) as client:
+        wait_until(lambda: len(pids()) == 2)
     assert {span.trace_id for span in collector.spans} == {TRACE_ID}
     assert {span.resource["service.name"] for span in collector.spans} == {"shop-scores"}
     assert collector.paths == {"/elsewhere"}
@@ -363,21 +364,18 @@ def test_what_cannot_be_done_is_told(monkeypatch: pytest.MonkeyPatch, given: dic
 
 def test_without_the_extra_the_command_says_what_to_install(tmp_path: Path, artifacts: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['opentelemetry.sdk'] = None")
-    for workers in ("1", "2"):
-        command = [sys.executable, "-P", "-m", "cli.main", "serve", "--port", str(free_port())]
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(map(str, (tmp_path, ROOT))),
-            "PROPENSITY_ARTIFACTS": str(artifacts),
-            "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4318",
-            "PROPENSITY_DATA_DIR": str(tmp_path / workers),
-        }
-        ended = subprocess.run(
-            [*command, "--workers", workers], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
-        )
-        assert ended.returncode == 2, ended.stderr
-        assert ended.stderr.splitlines()[-1].startswith("propensity: OTEL_EXPORTER_OTLP_ENDPOINT is set, and")
-        assert "pip install 'propensity[tracing]'" in ended.stderr
+    command = [sys.executable, "-P", "-m", "cli.main", "serve", "--workers", "2", "--port", str(free_port())]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, (tmp_path, ROOT))),
+        "PROPENSITY_ARTIFACTS": str(artifacts),
+        "PROPENSITY_REDIS_URL": "redis://127.0.0.1:1/0",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4318",
+    }
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.splitlines()[-1].startswith("propensity: OTEL_EXPORTER_OTLP_ENDPOINT is set, and")
+    assert "pip install 'propensity[tracing]'" in ended.stderr
 
 
 def test_as_long_as_it_is_off_nothing_that_traces_is_imported() -> None:
