@@ -162,7 +162,7 @@ class Scorer:
         return [outcome for outcome, _ in results]
 
     def _allowed_s(self, timeout_ms: float | None) -> float:
-        return self._deadline_s if timeout_ms is None else min(timeout_ms / 1000, self._max_deadline_s)
+        return self._deadline_s if timeout_ms is None else min(timeout_ms, self._max_deadline_s * 1000) / 1000
 
     def _take_up(self) -> None:
         """Send the next group. Who stays behind goes when it has been read, or without waiting for that."""

@@ -232,3 +232,10 @@ def test_other_requests_have_a_limit_of_their_own(
     for client in stuck:
         client.socket.close()
     wait_until(lambda: not is_full())
+
+
+@pytest.mark.parametrize("digits", [1, 9, 10, 400, 4000])
+def test_a_timeout_of_any_length_is_one(service: ServiceProcess, digits: int) -> None:
+    headers = {"X-Request-Timeout-Ms": "9" * digits}
+    for path, body in (("", {"visitor_id": "a"}), ("/batch", {"visitors": [{"visitor_id": "a"}]})):
+        assert httpx2.post(f"{service.url}/v1/score{path}", json=body, headers=headers).status_code == 200
