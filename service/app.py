@@ -107,7 +107,8 @@ def run(settings: Settings, bound: socket.socket | None = None, on_ready: Callab
         port=settings.port,
         loop="uvloop",
         http=Protocol,
-        ws="none",  # there is no route for one, and those who want it would be told in the log, with the path
+        # There is no route for websockets; another protocol would take the connection over, and log its path.
+        ws="none",
         access_log=False,
         server_header=False,
         proxy_headers=False,

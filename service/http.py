@@ -42,6 +42,8 @@ class Protocol(HttpToolsProtocol):
         self._head_bytes = 0  # of a head that has not ended
         self._is_last = False
         self.waiting_since: float | None = None  # by perf_counter: when the client began to owe us bytes
+        self._unread = 0  # bytes that the client had not taken when that was last looked at, and since when
+        self._unread_since = perf_counter()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -54,15 +56,32 @@ class Protocol(HttpToolsProtocol):
             self._asked.is_gone = True
         super().connection_lost(exc)
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether it is between two requests."""
-        return self._is_at_boundary and not self._data
+    def is_overdue(self, now: float, request_timeout_s: float) -> bool:
+        """Whether the client sends, or takes nothing of an answer, for longer than it may."""
+        unread = self.transport.get_write_buffer_size()
+        if not unread or unread < self._unread:
+            self._unread_since = now
+        self._unread = unread
+        allowed_s = KEEP_ALIVE_S if self._is_at_boundary and not self._data else request_timeout_s
+        is_late = self.waiting_since is not None and now - self.waiting_since > allowed_s
+        return is_late or now - self._unread_since > request_timeout_s
 
     @property
     def _is_at_boundary(self) -> bool:
         cycle = self._current
         return not self._head_bytes and (cycle is None or (cycle.response_complete and not cycle.more_body))
+
+    @property
+    def _is_refused(self) -> bool:
+        """Whether the last request was answered before all of it had come."""
+        cycle = self._current
+        return cycle is not None and cycle.response_complete and cycle.more_body
+
+    @property
+    def _is_owed(self) -> bool:
+        """Whether the last request has come whole and waits for its answer."""
+        cycle = self._current
+        return not self._head_bytes and cycle is not None and not (cycle.response_complete or cycle.more_body)
 
     @property
     def _current(self) -> RequestResponseCycle | None:
@@ -73,20 +92,24 @@ class Protocol(HttpToolsProtocol):
         if self._asked is not None:
             self._early += data
             self.flow.pause_reading()
-        elif self._is_at_boundary and not self.flow.write_paused:
-            self._data += data
-            asked = self._lane.read(self._data)
-            if asked is False:
-                self._take_usual_way()
-            elif asked is True:
-                self.waiting_since = self.waiting_since if len(self._data) > len(data) else perf_counter()
-            else:
-                self._ask(asked)
+        elif self._is_at_boundary:
+            self._consider(data)
         else:
             self._take(data)
 
+    def _consider(self, data: bytes) -> None:
+        """Show the lane what has come of a request."""
+        if not self._data:
+            self.waiting_since = perf_counter()
+            self._unset_keepalive_if_required()
+        self._data += data
+        asked = not self.flow.write_paused and self._lane.read(self._data)
+        if asked is False:
+            self._take_usual_way()
+        elif asked is not True:
+            self._ask(asked)
+
     def _ask(self, asked: Asked) -> None:
-        self._unset_keepalive_if_required()
         try:
             deliver = self._answer if asked.marks is None else partial(self._answer, marks=asked.marks)
             self._asked = self._lane.scorer.submit(asked.request, deliver, asked.timeout_ms)
@@ -104,31 +127,43 @@ class Protocol(HttpToolsProtocol):
     def _take(self, data: bytes) -> None:
         """Let uvicorn have the bytes."""
         self.waiting_since = self.waiting_since or perf_counter()
+        self._head_bytes += len(data) if self._head_bytes else 0
         super().data_received(data)
-        if self._head_bytes:
-            self._head_bytes += len(data)
-            if self._head_bytes > MOST_HEAD_BYTES:
-                self._write(431, b"content-length: 0\r\nconnection: close\r\n\r\n")
-                self.transport.close()
-        elif (cycle := self._current) is not None and not cycle.more_body:
+        if self._head_bytes > MOST_HEAD_BYTES:
+            self._refuse_head()
+        elif self._is_owed:
             self.waiting_since = None
+
+    def _refuse_head(self) -> None:
+        if self._current is None or self._current.response_complete:
+            self._write(431, b"content-length: 0\r\nconnection: close\r\n\r\n")
+            self.transport.close()
+        else:  # the answers to what came before it go first
+            self.flow.pause_reading()
+            super().shutdown()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._head_bytes = 1
+        self._head_bytes = 1  # and not what came before it in the same read
 
     def on_headers_complete(self) -> None:
         self._head_bytes = 0
         super().on_headers_complete()
 
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self.cycle.more_body = False
+
     def on_response_complete(self) -> None:
-        is_refused = self.cycle.more_body  # it was answered before all of it had come
-        self.waiting_since = perf_counter()
+        self.waiting_since = None if self._is_owed else perf_counter()
         super().on_response_complete()
-        if is_refused and not self.transport.is_closing():
+        if self._is_refused and not self.transport.is_closing():
             # Closed at once, the answer could be lost with what the client is still sending.
-            self.flow.pause_reading()
-            self.loop.call_later(_LINGER_S, self.transport.close)
+            self.loop.call_later(_LINGER_S, self._close_refused, self._current)
+
+    def _close_refused(self, refused: RequestResponseCycle | None) -> None:
+        if refused is not None and refused.more_body:
+            self.transport.close()
 
     def _answer(self, outcome: Outcome, timing: Timing, marks: Marks | None = None) -> None:
         asked, self._asked = self._asked, None
@@ -162,11 +197,10 @@ class Protocol(HttpToolsProtocol):
 
 
 async def close_stalled(connections: Collection[Protocol], request_timeout_s: float) -> None:
-    """Once a second, for ever, close connections whose clients take too long to send a request, or the next one."""
+    """Once a second, for ever, close connections whose clients take too long to send a request, or to read on."""
     while True:
         await asyncio.sleep(1)
         now = perf_counter()
         for connection in list(connections):
-            allowed_s = KEEP_ALIVE_S if connection.is_idle else request_timeout_s
-            if connection.waiting_since is not None and now - connection.waiting_since > allowed_s:
-                connection.transport.close()
+            if connection.is_overdue(now, request_timeout_s):
+                connection.transport.abort()  # closing would wait until all has been sent

@@ -63,7 +63,8 @@ class Settings(BaseSettings):
         "alarms watch: 5, 10, 25 or 50. Lower it where a page waits; it changes alarms, not answers.",
     )
     request_timeout_s: Positive = Field(
-        10, description="Seconds a client may take to send a request, before its connection is closed."
+        10,
+        description="Seconds a client may take to send a request, or may not read on, before its connection is closed.",
     )
     shutdown_delay_ms: int = Field(
         1000,

@@ -239,3 +239,85 @@ def test_a_timeout_of_any_length_is_one(service: ServiceProcess, digits: int) ->
     headers = {"X-Request-Timeout-Ms": "9" * digits}
     for path, body in (("", {"visitor_id": "a"}), ("/batch", {"visitors": [{"visitor_id": "a"}]})):
         assert httpx2.post(f"{service.url}/v1/score{path}", json=body, headers=headers).status_code == 200
+
+
+def routed(visitor_id: str) -> bytes:
+    return asked(visitor_id).replace(b"application/json", b"application/json; by=route")
+
+
+def test_how_long_a_client_was_quiet_is_not_held_against_its_next_request(
+    start_service: StartService, artifacts: Path, embedded_server: embedded.EmbeddedServer, connect: Connect
+) -> None:
+    service = start_service(redis_url=embedded_server.url, artifacts=artifacts, request_timeout_s=2)
+    service.wait_until_ready()
+    new, used = connect(service), connect(service)
+    used.send(routed("first"))
+    used.answer()
+    time.sleep(3)
+    for client in (new, used):
+        client.send(routed("late")[:-5])
+    time.sleep(1.2)
+    for client in (new, used):
+        client.send(routed("late")[-5:])
+        assert client.answer()[2]["visitor_id"] == "late"
+
+
+def test_a_request_that_is_half_there_when_the_one_before_it_is_answered_ends_no_connection(client: Client) -> None:
+    second = routed("second")
+    client.send(b"GET /livez HTTP/1.1\r\nHost: shop\r\n\r\n" + second[:-5])
+    assert client.answer()[0] == 200
+    client.send(second[-5:])
+    assert client.answer()[2]["visitor_id"] == "second"
+    time.sleep(1.2)
+    client.send(asked("third"))
+    assert client.answer()[2]["visitor_id"] == "third"
+
+
+def test_what_came_before_a_head_in_the_same_read_is_not_taken_for_a_part_of_it(client: Client) -> None:
+    ids = [f"{number}" for number in range(600)]
+    sent = b"".join(map(routed, ids))
+    client.send(sent[:-80])
+    time.sleep(0.1)
+    client.send(sent[-80:])
+    assert [client.answer()[2]["visitor_id"] for _ in ids] == ids
+
+
+def test_a_head_without_end_takes_no_answer_from_the_request_before_it(
+    start_service: StartService, artifacts: Path, own_redis_server: RedisServer, connect: Connect
+) -> None:
+    service = start_service(redis_url=own_redis_server.url, artifacts=artifacts, deadline_ms=500)
+    service.wait_until_ready()
+    client = connect(service)
+    with silent_in_place_of(own_redis_server):
+        client.send(routed("first") + LINES.encode())
+        time.sleep(0.1)
+        client.send(b"X-Filler: " + b"x" * 70_000)
+        status, _, score = client.answer()
+        assert (status, score["visitor_id"]) == (200, "first")
+        assert client.is_closed()
+
+
+def test_after_a_refusal_of_a_body_that_was_sent_all_the_same_the_connection_goes_on(client: Client) -> None:
+    for visitor_id in ("first", "second"):
+        head = asked("x", path="/v1/events").partition(b"\r\n\r\n")[0].rpartition(b"\r\n")[0]
+        client.send(head + b"\r\nContent-Length: 3000000\r\n\r\n" + b"x" * 3_000_000)
+        assert client.answer()[0] == 413
+        client.send(asked(visitor_id))
+        assert client.answer()[2]["visitor_id"] == visitor_id
+    time.sleep(1.2)
+    client.send(asked("third"))
+    assert client.answer()[2]["visitor_id"] == "third"
+
+
+def test_who_does_not_read_is_hung_up_on_and_takes_no_place_from_others(
+    start_service: StartService, artifacts: Path, embedded_server: embedded.EmbeddedServer, connect: Connect
+) -> None:
+    service = start_service(redis_url=embedded_server.url, artifacts=artifacts, request_timeout_s=1, in_flight=2)
+    service.wait_until_ready()
+    for _ in range(2):
+        deaf = connect(service).socket
+        deaf.setblocking(False)
+        with suppress(BlockingIOError):
+            deaf.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: shop\r\n\r\n" * 1000)
+    wait_until(lambda: httpx2.get(f"{service.url}/v1/models").status_code == 429)
+    wait_until(lambda: httpx2.get(f"{service.url}/v1/models").status_code == 200, 5)
