@@ -37,6 +37,8 @@ _MARK: Final = re.compile(
     rb"\r\n([Xx]-[Rr]equest-[Ii][Dd]|[Tt]race[Pp]arent|[Tt]race[Ss]tate): ?([ -~]{1,512})(?=\r\n[^ \t]|\Z)"
 )
 _is_plain: Final = re.compile(REQUEST_ID).fullmatch
+# A longer body is no plain score's; the route holds no more of those at once than it has places.
+_LONGEST_BODY: Final = 16 * 1024
 _Values = dict[str, str | bool | int | float | None]
 
 
@@ -80,7 +82,12 @@ class ExpressLane:
             return False
         if body.count(b":") != asked.colons():
             return False
-        request = ScoreRequest(asked.visitor_id, asked.model or None, asked.context or {}, asked.features or {})
+        request = ScoreRequest(
+            asked.visitor_id,
+            None if asked.model is msgspec.UNSET else asked.model,
+            asked.context or {},
+            asked.features or {},
+        )
         return Asked(request, head.timeout_ms, marks)
 
     def _look_closer(self, raw: bytes) -> tuple[_Head | None, Marks | None]:
@@ -195,7 +202,7 @@ def _plain_head(raw: bytes, most_bytes: int) -> _Head | None:
         and parser.should_keep_alive()
         and length.isdigit()
         and len(length) < 10
-        and int(length) <= most_bytes
+        and int(length) <= min(most_bytes, _LONGEST_BODY)
         and (timeout is None or (timeout.isdigit() and len(timeout) < 10 and int(timeout) > 0))
     )
     return _Head(int(length), None if timeout is None else int(timeout)) if is_plain else None

@@ -148,6 +148,16 @@ def test_a_body_beyond_the_limit_is_left_to_the_route() -> None:
     assert read(head(len(BODY)) + BODY, limit=len(BODY) - 1) is False
 
 
+def test_a_body_that_no_plain_score_has_is_not_held_outside_the_places_of_the_route() -> None:
+    assert read(head(16 * 1024), limit=500_000) is True
+    assert read(head(16 * 1024 + 1), limit=500_000) is False
+
+
+def test_a_model_without_a_name_is_what_the_route_takes_it_for() -> None:
+    assert taken(b'{"visitor_id": "a", "model": ""}').model == ""
+    assert taken(b'{"visitor_id": "a", "model": null}').model is None
+
+
 def test_heads_that_differ_in_each_request_take_no_more_room_than_a_bound() -> None:
     lane = ExpressLane(cast(Scorer, Unused()), cast(ScoreLog, Unused()), 10_000)
     for number in range(5000):
