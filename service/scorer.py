@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 # How long a group waits for the one before it to be read.
 PATIENCE_S: Final = 0.002
+# Groups of batches under way at once, one that is read while another is scored; single requests go in between.
+GROUPS_OF_BATCHES: Final = 2
 # The loop's timers count milliseconds and may be that early.
 _TICK_S: Final = 0.001
 
@@ -85,6 +87,7 @@ class Scorer:
         self._queue_length, self._pause_s = queue_length, breaker_pause_ms / 1000
         self._queue: deque[Waiting] = deque()
         self._pace = Pace()
+        self._places = asyncio.Semaphore(GROUPS_OF_BATCHES)
         self._waiting = 0
         self._flights: set[_Flight] = set()
         self._turn: asyncio.Handle | None = None
@@ -141,8 +144,9 @@ class Scorer:
         until = None if timeout_ms is None else perf_counter() + self._allowed_s(timeout_ms)
         while len(outcomes) < len(requests):
             first = len(outcomes)
-            deadline = perf_counter() + self._deadline_s if until is None else until
-            outcomes += await self._score_group(requests[first : first + self._pace.group], deadline)
+            async with self._places:
+                deadline = perf_counter() + self._deadline_s if until is None else until
+                outcomes += await self._score_group(requests[first : first + self._pace.group], deadline)
             if perf_counter() >= deadline:
                 until = deadline
         return outcomes

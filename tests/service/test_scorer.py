@@ -18,7 +18,7 @@ from service.errors import Overloaded, UnknownModel
 from service.models import Models
 from service.pace import GROUP
 from service.reader import Values
-from service.scorer import Outcome, Scorer
+from service.scorer import GROUPS_OF_BATCHES, Outcome, Scorer
 from service.scoring import Score, ScoreFailure, ScoreRequest, Timing
 from service.store import History, Store
 from tests.conftest import DAY_MS, SHOP, RedisServer, WriteBundle
@@ -258,7 +258,7 @@ async def test_one_lost_connection_is_one_failure_however_many_wait_on_it(
     scorer = scorer_of(own_store, loaded, breaker_failures=2)
     await asked(scorer)
     stop(own_redis_server)
-    groups = [asyncio.create_task(scorer.score([ScoreRequest("a")])) for _ in range(8)]
+    groups = [asyncio.create_task(scorer.score([ScoreRequest("a")])) for _ in range(GROUPS_OF_BATCHES)]
     await asyncio.sleep(0.01)
     own_redis_server.kill()
     for outcomes in await asyncio.gather(*groups):
@@ -305,3 +305,27 @@ async def test_nothing_is_delivered_to_who_went_away(store: Store, loaded: Model
     await asked(scorer)
     assert [outcome.visitor_id for outcome in delivered if isinstance(outcome, Score)] == ["c"]
     assert scorer.waiting == 0
+
+
+async def test_many_batches_at_once_leave_single_scores_their_turn(
+    store: Store, loaded: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer, under_way, most, ask = scorer_of(store, loaded), 0, 0, store.ask
+
+    def counted(visitor_ids: Sequence[str]) -> asyncio.Future[Values]:
+        nonlocal under_way, most
+
+        def end(_: object) -> None:
+            nonlocal under_way
+            under_way -= 1
+
+        read = ask(visitor_ids)
+        under_way += 1
+        most = max(most, under_way)
+        read.add_done_callback(end)
+        return read
+
+    monkeypatch.setattr(store, "ask", counted)
+    batches = [scorer.score([ScoreRequest(f"v{row}") for row in range(300)]) for _ in range(8)]
+    assert [len(outcomes) for outcomes in await asyncio.gather(*batches)] == [300] * 8
+    assert most == GROUPS_OF_BATCHES
