@@ -9,7 +9,8 @@ GROUP: Final = 100
 GROUP_S: Final = 0.003
 # What a visitor of a small model costs; a costlier one is known after a few groups.
 _FIRST_COST_S: Final = 20e-6
-# Of a group that is smaller than this and could have been larger, most of the time is what every group costs.
+# Of a group that is smaller than this and could have been larger, most of the time is what every group costs; so a
+# visitor of it costs less than it seems, which is news only where more was believed.
 _TELLING: Final = 8
 # How much of a lower cost is believed at once, and by how much the cost grows at most, since a machine may be held up.
 _EASE: Final = 0.2
@@ -31,8 +32,8 @@ class Pace:
 
     def learn(self, visitors: int, seconds: float) -> None:
         """Note how long a group took to be scored and delivered."""
-        if visitors >= min(_TELLING, self.group):
-            found = seconds / visitors
+        found = seconds / visitors
+        if visitors >= min(_TELLING, self.group) or found < self.cost_s:
             eased = self.cost_s + _EASE * (found - self.cost_s)
             self.cost_s = eased if found < self.cost_s else min(found, _GROWTH * self.cost_s)
 

@@ -51,3 +51,12 @@ def test_what_every_group_costs_is_not_taken_for_what_a_visitor_costs() -> None:
     for _ in range(100):
         pace.learn(1, 2e-4)
     assert pace.cost_s == pytest.approx(3e-5)
+
+
+def test_a_cost_that_was_believed_too_high_is_corrected_by_single_scores_too() -> None:
+    pace = after(3e-5)
+    for _ in range(10):
+        pace.learn(64, 0.5)
+    for _ in range(40):
+        pace.learn(1, 2e-4)
+    assert pace.cost_s == pytest.approx(2e-4, rel=0.05)
