@@ -15,18 +15,18 @@ from dataclasses import asdict, dataclass
 from http.client import HTTPException
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from cli.offline import need
-from service.core import drift as numbers
-from service.core.bundle import Bundle
 from service.core.errors import PropensityError
+
+if TYPE_CHECKING:  # what starts `propensity serve` need not wait for these
+    from service.core.bundle import Bundle
 
 PROPENSITY: Final = "propensity"
 _DIGITS: Final = 4
@@ -85,6 +85,8 @@ def drift(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Say which features have drifted, and how sure that is. Exits with 1 if one has."""
+    from service.core import drift as numbers
+
     if window not in numbers.WINDOWS:
         raise PropensityError(f"--window {window} is unknown; write --window {' or --window '.join(numbers.WINDOWS)}")
     if (prometheus is None) == (not offline):
@@ -179,6 +181,10 @@ def chosen(artifacts: Path, model: str | None, version: str | None) -> Bundle:
 
 def computed(files: Sequence[str], window: str, bundle: Bundle) -> list[Line]:
     """The same from files that have a column for each feature, and `propensity`."""
+    import numpy as np
+
+    from service.core import drift as numbers
+
     bins = numbers.described(bundle.spec, bundle.reference)
     counts = {name: np.zeros(len(own.shares), np.int64) for name, own in bins.items()}
     for column, values in _columns(files, bundle.spec.names):
@@ -207,7 +213,9 @@ def computed(files: Sequence[str], window: str, bundle: Bundle) -> list[Line]:
 def _columns(files: Sequence[str], features: Sequence[str]) -> Iterator[tuple[str, Any]]:
     """Every feature's values, and the scores under "(score)", as float32[n], some rows at a time."""
     import duckdb
+    import numpy as np
 
+    from service.core import drift as numbers
     from training.source import find_files, reader_of
 
     wanted = {**{name: name for name in features}, numbers.SCORE: PROPENSITY}

@@ -102,7 +102,18 @@ def test_alone_and_with_help_it_lists_every_command(run: Run) -> None:
     alone, asked = run(), run("--help")
     assert alone == asked
     assert (alone.status, alone.err) == (0, "")
-    assert set(COMMANDS) == {"simulate", "train", "compact", "export", "features", "replay", "serve", "score", "models"}
+    assert set(COMMANDS) == {
+        "simulate",
+        "train",
+        "compact",
+        "drift",
+        "export",
+        "features",
+        "replay",
+        "serve",
+        "score",
+        "models",
+    }
     for name in COMMANDS:
         assert f" {name} " in alone.out
 
