@@ -53,7 +53,7 @@ __all__ = [  # what other benchmarks build on
     "wrk",
 ]
 
-ROUNDS: Final = 3
+ROUNDS: Final = 5
 METRICS_ROUNDS: Final = 5  # the difference is small
 PEAK_SHARE: Final = 0.6
 MOST_OTHERS: Final = 0.2

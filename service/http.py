@@ -24,6 +24,8 @@ MOST_HEAD_BYTES: Final = 64 * 1024
 # Longer than the 60 s of common load balancers, which else send a request into a connection that is being closed.
 KEEP_ALIVE_S: Final = 75
 _LINGER_S: Final = 1.0
+# What is read on and thrown away of a request that was refused, so that its client gets to read why.
+_MOST_REFUSED_BYTES: Final = 24 * 1024 * 1024
 
 
 class Protocol(HttpToolsProtocol):
@@ -40,6 +42,7 @@ class Protocol(HttpToolsProtocol):
         self._data = b""  # what the request in the lane has come as
         self._early = b""
         self._head_bytes = 0  # of a head that has not ended
+        self._refused_bytes = 0
         self._is_last = False
         self.waiting_since: float | None = None  # by perf_counter: when the client began to owe us bytes
         self._unread = 0  # bytes that the client had not taken when that was last looked at, and since when
@@ -129,6 +132,9 @@ class Protocol(HttpToolsProtocol):
         self.waiting_since = self.waiting_since or perf_counter()
         self._head_bytes += len(data) if self._head_bytes else 0
         super().data_received(data)
+        self._refused_bytes += len(data) if self._is_refused else 0
+        if self._refused_bytes > _MOST_REFUSED_BYTES:
+            self.flow.pause_reading()
         if self._head_bytes > MOST_HEAD_BYTES:
             self._refuse_head()
         elif self._is_owed:
@@ -144,6 +150,7 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._refused_bytes = 0
         self._head_bytes = 1  # and not what came before it in the same read
 
     def on_headers_complete(self) -> None:

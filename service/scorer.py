@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
@@ -51,14 +52,22 @@ class Waiting:
 
 
 class _Flight:
-    """A group whose histories are being read, in its order; `judged` is when the read counts as failed."""
+    """A group whose histories are being read, in its order.
 
-    __slots__ = ("group", "judged", "now_ms", "read", "started", "timer")
+    `due` is when the next of it must be answered, and `judged` when the read counts as failed, by perf_counter.
+    """
 
-    def __init__(self, group: list[Waiting], read: asyncio.Future[Values], now_ms: int, started: float) -> None:
-        self.group, self.read, self.now_ms, self.started = group, read, now_ms, started
-        self.judged = started
-        self.timer: asyncio.TimerHandle | None = None
+    __slots__ = ("due", "group", "judged", "now_ms", "read", "started")
+
+    def __init__(
+        self, group: list[Waiting], read: asyncio.Future[Values], now_ms: int, started: float, judged: float
+    ) -> None:
+        self.group, self.read, self.now_ms, self.started, self.judged = group, read, now_ms, started, judged
+        self.due = min([one.deadline for one in group])
+
+    def pass_on(self) -> None:
+        """Have the next one be due."""
+        self.due = min([one.deadline for one in self.group if not one.is_done], default=self.judged)
 
 
 class Scorer:
@@ -91,6 +100,8 @@ class Scorer:
         self._waiting = 0
         self._flights: set[_Flight] = set()
         self._turn: asyncio.Handle | None = None
+        self._alarm: asyncio.TimerHandle | None = None
+        self._alarm_at = math.inf
         self._trial: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
         self._breaker = Breaker(breaker_failures, metrics.set_breaker_state)
@@ -107,6 +118,8 @@ class Scorer:
 
     def close(self) -> None:
         """Stop trying whether the feature cache is back."""
+        if self._alarm is not None:
+            self._alarm.cancel()
         if self._trial is not None:
             self._trial.cancel()
 
@@ -205,28 +218,40 @@ class Scorer:
             for one in staying:
                 self._deliver(one, error, Timing())
             return
-        flight = _Flight(staying, read, now_ms, now)
-        flight.judged = max(now + self._deadline_s, max(one.deadline for one in staying))
+        judged = max(now + self._deadline_s, max([one.deadline for one in staying]))
+        flight = _Flight(staying, read, now_ms, now, judged)
         self._flights.add(flight)
-        self._set_timer(flight)
+        self._set_alarm(flight.due)
         read.add_done_callback(lambda _: self._land(flight))
 
-    def _set_timer(self, flight: _Flight) -> None:
-        until = min([one.deadline for one in flight.group if not one.is_done], default=flight.judged)
-        # The loop itself may have been held up: then an answer lies there, and has one turn to be seen.
-        flight.timer = self._loop.call_later(until - perf_counter(), self._loop.call_soon, self._give_up, flight)
-
-    def _give_up(self, flight: _Flight) -> None:
-        """Answer those whose time is up, without their histories; end the read when it may count as failed."""
-        if flight.read.done():
+    def _set_alarm(self, due: float) -> None:
+        """Look at all flights at that moment, if not before. One timer for all, since nearly every flight lands."""
+        if due >= self._alarm_at:
             return
+        if self._alarm is not None:
+            self._alarm.cancel()
+        self._alarm_at = due
+        # The loop itself may have been held up: then an answer lies there, and has one turn to be seen.
+        self._alarm = self._loop.call_later(due - perf_counter(), self._loop.call_soon, self._look_at_flights)
+
+    def _look_at_flights(self) -> None:
+        self._alarm, self._alarm_at = None, math.inf
         now = perf_counter() + _TICK_S
+        for flight in [flight for flight in self._flights if not flight.read.done()]:
+            if flight.due <= now:
+                self._give_up(flight, now)
+            if not flight.read.done():
+                self._set_alarm(flight.due)
+
+    def _give_up(self, flight: _Flight, now: float) -> None:
+        """Answer those whose time is up, without their histories; end the read when it may count as failed."""
         late = [one for one in flight.group if not one.is_done and one.deadline <= now]
         if late:
             self._finish(late, None, flight.now_ms, flight.started)
+        flight.pass_on()
         if now < flight.judged:
-            self._set_timer(flight)
             return
+        flight.due = math.inf
         metrics.store_reads("late").add(1)
         metrics.redis_seconds("read").add(now - _TICK_S - flight.started)
         if self._store.give_up(flight.read):
@@ -235,8 +260,6 @@ class Scorer:
     def _land(self, flight: _Flight) -> None:
         """Score a group with what was read for it; a read that was cancelled has been judged already."""
         self._flights.discard(flight)
-        if flight.timer is not None:
-            flight.timer.cancel()
         if self._queue:
             if self._turn is not None:
                 self._turn.cancel()
