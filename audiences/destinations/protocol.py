@@ -1,0 +1,86 @@
+"""What the synchronisation asks of a destination, and what it is told.
+
+A destination is told differences in batches and holds the resulting list. It remembers nothing, waits for nothing and
+retries nothing: the ledger, the limits of its rate and the retries are the synchronisation's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple, Protocol
+
+from service.core.errors import PropensityError
+
+
+class Purpose(StrEnum):
+    """What a person agreed to, or did not."""
+
+    ADS = "ads"
+    EMAIL = "email"
+    CRM = "crm"
+    ANALYTICS = "analytics"
+
+
+class Limits(NamedTuple):
+    """What a platform documents: members a request, and requests in any so many seconds."""
+
+    members: int
+    requests: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Person:
+    """A member as a destination gets to know it. There is no address and no number in the clear."""
+
+    key: str  # 64 hex digits of SHA-256 of the visitor's id: what the ledger knows a person by
+    identifiers: Mapping[str, tuple[str, ...]]  # by form, as `google.email`, `meta.phone`, `external_id`; sorted
+    fields: Mapping[str, str | float] = field(default_factory=dict)  # propensity, percentile, segment, ...
+
+
+class Outcome(NamedTuple):
+    """What a platform said of one member of a batch."""
+
+    accepted: bool
+    answer: str  # its words, shortened; an id of its request where it gives one
+
+
+class Destination(Protocol):
+    """A platform. Methods block, and raise one of the errors below; anything else that is raised is a bug.
+
+    `add` and `remove` are idempotent: the same member added twice is a member once. Their outcomes are in the order of
+    the people. A batch whose answer never came may have been taken or not, and is sent again.
+    """
+
+    name: str
+    purpose: Purpose
+    limits: Limits
+    forms: tuple[str, ...]  # identifiers that it understands; who has none of them cannot be sent
+    fields: tuple[str, ...]  # of a person that it keeps; a change of one is sent, of others not
+
+    def open(self, audience: str) -> str:
+        """The platform's id of the list of an audience, which is made where it is missing."""
+
+    def add(self, list_id: str, people: Sequence[Person]) -> Sequence[Outcome]:
+        """Make people members, and give them their fields."""
+
+    def remove(self, list_id: str, people: Sequence[Person]) -> Sequence[Outcome]:
+        """End memberships; of who is none is no error."""
+
+
+class DestinationError(PropensityError):
+    """A request that a platform did not carry out."""
+
+
+class Busy(DestinationError):
+    """Try again, after so many seconds where the platform says so: 429, 5xx, no answer in time."""
+
+    def __init__(self, message: str, after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.after_s = after_s
+
+
+class Rejected(DestinationError):
+    """Nobody of the batch was taken, and trying again does not help: credentials, permissions, a list that is gone."""
