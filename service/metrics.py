@@ -153,6 +153,11 @@ SCORES_CAPPED: Final = Counter(
 SCORES_WITHOUT_HISTORY: Final = Counter(
     "propensity_scores_without_history_total", "Scores of visitors without events, degraded ones apart.", ["model"]
 )
+EARLIER_EVENTS: Final = Counter(
+    "propensity_earlier_events_total",
+    "Events of scored visitors in the half of a window before each score, the newest left out.",
+    ["model", "version", "window"],
+)
 FEATURE_BINS: Final = Counter(
     "propensity_feature_bin_total",
     "Scored values of a feature in a bin of the reference; under (score) the scores themselves.",
@@ -160,13 +165,13 @@ FEATURE_BINS: Final = Counter(
 )
 REFERENCE_SHARE: Final = Gauge(
     "propensity_reference_share",
-    "Share of a bin in the training population.",
+    "Share of a bin in the population that training saw last.",
     ["model", "version", "feature", "bin"],
     multiprocess_mode="livemax",
 )
 REFERENCE_ROWS: Final = Gauge(
     "propensity_reference_rows",
-    "Rows that the reference shares of a feature were taken from; 0 where the bundle does not say.",
+    "Independent rows that tell as much as the reference shares; 0 where the bundle does not say.",
     ["model", "version", "feature"],
     multiprocess_mode="livemax",
 )

@@ -7,34 +7,51 @@ whose history could not be read, are not given here: they say nothing of the vis
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from service import metrics
-from service.core import bins, drift
+from service.core import bins, drift, events
 from service.core.bundle import Bundle
 
 COUNTED_TOGETHER: Final = 512
+# The rules tell from the events of half a window how many scores of it are of one visitor; docs/drift.md says how.
+HALF_WINDOWS_MS: Final = {"1h": 1_800_000, "24h": 43_200_000}
+
+
+class Histories(NamedTuple):
+    """Of n visitors at a moment: how many events each had, the age of the last, int64[n] each, and all as stored."""
+
+    events: npt.NDArray[np.int64]
+    last_age_ms: npt.NDArray[np.int64]
+    stored: Sequence[bytes]
+    now_ms: int
+
+    def at(self, places: list[int]) -> Histories:
+        """Those of some visitors."""
+        return Histories(
+            self.events[places], self.last_age_ms[places], [self.stored[place] for place in places], self.now_ms
+        )
 
 
 class Rows(NamedTuple):
-    """What was scored: float32[n, F], float32[n], and how many events each visitor had and the age of the last.
+    """What was scored: float32[n, F], float32[n], and the visitors' histories where they were asked for.
 
-    Nothing of it may be changed afterwards. Without events, int64[n] each, nobody asked for the visitors' histories.
+    Nothing of it may be changed afterwards.
     """
 
     matrix: npt.NDArray[np.float32]
     scores: npt.NDArray[np.float32]
-    events: npt.NDArray[np.int64] | None = None
-    last_age_ms: npt.NDArray[np.int64] | None = None
+    histories: Histories | None = None
 
     def without(self, places: list[int]) -> Rows:
         """All but some of the rows."""
-        keep = np.delete(np.arange(len(self.scores)), places)
-        events, last_age_ms = (None if part is None else part[keep] for part in (self.events, self.last_age_ms))
-        return Rows(self.matrix[keep], self.scores[keep], events, last_age_ms)
+        keep = np.delete(np.arange(len(self.scores)), places).tolist()
+        histories = None if self.histories is None else self.histories.at(keep)
+        return Rows(self.matrix[keep], self.scores[keep], histories)
 
 
 class Population:
@@ -52,6 +69,7 @@ class Population:
         self._ages = metrics.LAST_EVENT_AGE.labels(bundle.name)
         self._capped = metrics.SCORES_CAPPED.labels(bundle.name)
         self._without_history = metrics.SCORES_WITHOUT_HISTORY.labels(bundle.name)
+        self._earlier = {ms: metrics.EARLIER_EVENTS.labels(*labels, name) for name, ms in HALF_WINDOWS_MS.items()}
         _describe(bundle, self._layout)
 
     def add(self, rows: Rows) -> None:
@@ -75,15 +93,21 @@ class Population:
         self._counts += self._layout.count(
             np.concatenate([rows.matrix for rows in waiting]), np.concatenate([rows.scores for rows in waiting])
         )
-        events = [rows.events for rows in waiting if rows.events is not None]
-        ages_ms = [rows.last_age_ms for rows in waiting if rows.last_age_ms is not None]
-        if events:
-            self._count_histories(np.concatenate(events), np.concatenate(ages_ms))
+        histories = [rows.histories for rows in waiting if rows.histories is not None]
+        if histories:
+            self._count_histories(histories)
 
-    def _count_histories(self, events: npt.NDArray[np.int64], ages_ms: npt.NDArray[np.int64]) -> None:
-        self._capped.inc(int(np.count_nonzero(events >= self._cap)))
-        self._without_history.inc(int(np.count_nonzero(events == 0)))
-        self._ages.observe_all(ages_ms[events > 0] / 1000)
+    def _count_histories(self, histories: Sequence[Histories]) -> None:
+        known = np.concatenate([part.events for part in histories])
+        self._capped.inc(int(np.count_nonzero(known >= self._cap)))
+        self._without_history.inc(int(np.count_nonzero(known == 0)))
+        self._ages.observe_all(np.concatenate([part.last_age_ms for part in histories])[known > 0] / 1000)
+        records, starts = events.join([blob for part in histories for blob in part.stored])
+        asked_ms = np.repeat([part.now_ms for part in histories], [len(part.stored) for part in histories])
+        age_ms = np.repeat(asked_ms, np.diff(starts)) - records["ts_ms"]
+        for half_ms, earlier in self._earlier.items():
+            recent = np.diff(np.concatenate(([0], np.cumsum((age_ms >= 0) & (age_ms < half_ms))))[starts])
+            earlier.inc(int(np.maximum(recent - 1, 0).sum()))
 
 
 def _describe(bundle: Bundle, layout: bins.Layout) -> None:

@@ -27,7 +27,7 @@ from service.core.features import Plan
 from service.core.segments import SEGMENTS
 from service.core.spec import Feature, Request, Trait
 from service.errors import InvalidRequest, Place, ServiceError, pointer
-from service.population import Population, Rows
+from service.population import Histories, Population, Rows
 from service.store import MOST_EVENTS, History
 
 _DAY_MS: Final = 86_400_000
@@ -178,7 +178,8 @@ def score_by_model(bundle: Bundle, batch: Batch, population: Population | None =
         answers[place] = failure
     _count(answers, name, version, degraded)
     if population is not None and not degraded:
-        rows = Rows(found.matrix, scores, found.events, found.last_age_ms)
+        stored = [history.events for history in batch.histories]
+        rows = Rows(found.matrix, scores, Histories(found.events, found.last_age_ms, stored, batch.now_ms))
         population.add(rows.without(list(failures)) if failures else rows)
     return Scored(answers, (computed - started) * 1000, (asked - computed) * 1000)
 

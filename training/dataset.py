@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Final, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,8 @@ from training.source import EventLog, Partition
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
+Matrix = npt.NDArray[np.float32]
+Rows = TypeVar("Rows", "Dataset", "Population")
 
 # Records gathered for one call of the kernel: 24 bytes each, so about 12 MB.
 GATHERED_RECORDS: Final = 500_000
@@ -25,6 +27,10 @@ GOLDEN_CASES: Final = 24
 GOLDEN_RECORDS: Final = 128
 MIN_OF_EACH_CLASS: Final = 100
 MIN_HORIZONS: Final = 1.5
+# Whom the service will score is told by the last week: a whole one, as weekends differ; no longer, as shops change.
+POPULATION_MS: Final = 7 * 86_400_000
+POPULATION_ROWS: Final = 100_000
+FEWEST_SCORED: Final = 1000
 _KEY_BITS: Final = 63
 
 
@@ -42,6 +48,17 @@ class GoldenRow:
     now_ms: int
 
 
+class Population(NamedTuple):
+    """Whom the service scores: a row for each of m scores that it would have been asked for."""
+
+    matrix: Matrix  # [m, F]
+    visitor: npt.NDArray[np.uint64]  # [m]
+
+    def at(self, rows: Ints) -> Population:
+        """Some of them."""
+        return Population(self.matrix[rows], self.visitor[rows])
+
+
 @dataclass(frozen=True)
 class Dataset:
     """n labelled rows. `visitor` is the hash of the visitor's id; table rows have no visitor or time in common."""
@@ -51,6 +68,7 @@ class Dataset:
     visitor: npt.NDArray[np.uint64]  # [n]
     cutoff_ms: Ints  # [n]
     golden: tuple[GoldenRow, ...] = ()
+    population: Population | None = None  # None where too few are known
 
     def __len__(self) -> int:
         return len(self.label)
@@ -69,15 +87,16 @@ class Split:
 
 
 @dataclass
-class _Sample:
+class _Sample(Generic[Rows]):
     """A bottom-k sample: the `limit` rows with the smallest keys of all that were offered, in bounded memory."""
 
     limit: int
+    take: Callable[[Rows, Ints], Rows]
     threshold: np.uint64 = field(default_factory=lambda: np.uint64(2**64 - 1))
     keys: list[npt.NDArray[np.uint64]] = field(default_factory=list)
-    parts: list[Dataset] = field(default_factory=list)
+    parts: list[Rows] = field(default_factory=list)
 
-    def offer(self, keys: npt.NDArray[np.uint64], part: Dataset) -> None:
+    def offer(self, keys: npt.NDArray[np.uint64], part: Rows) -> None:
         self.keys.append(keys)
         self.parts.append(part)
         if sum(map(len, self.keys)) > 1.5 * self.limit:
@@ -88,7 +107,7 @@ class _Sample:
         if len(keys) > self.limit:
             self.threshold = np.partition(keys, self.limit - 1)[self.limit - 1]
         kept = [part_keys <= self.threshold for part_keys in self.keys]
-        self.parts = [take(part, np.flatnonzero(chosen)) for part, chosen in zip(self.parts, kept, strict=True)]
+        self.parts = [self.take(part, np.flatnonzero(chosen)) for part, chosen in zip(self.parts, kept, strict=True)]
         self.keys = [part_keys[chosen] for part_keys, chosen in zip(self.keys, kept, strict=True)]
 
 
@@ -107,29 +126,51 @@ def build(
     the whole horizon after it lies within the data. Deterministic in (events, spec, seed), whatever the partitions.
     """
     spec, label = plan.spec, _event_label(plan.spec)
+    first_ms, last_ms = log.summary.first_ms, log.summary.last_ms
     matured_ms = _matured(log, horizon_of(label))
-    sample = _Sample(max_rows)
+    sample = _Sample(max_rows, take)
+    scored = _Sample(POPULATION_ROWS, Population.at)
     for index, partition in enumerate(log):
         if len(partition.records):
             view = View(partition)
-            owner, cutoff, request = _moments(view, spec, log.summary.first_ms, matured_ms, seed)
-            keys = _mix(partition.visitor_hash[owner], cutoff, seed + 1)
+            moments = _thinned(view, spec, _moments(view, spec, first_ms, matured_ms), seed)
+            keys = _mix(partition.visitor_hash[moments.owner], moments.cutoff_ms, seed + 1)
             chosen = keys <= sample.threshold
-            owner, cutoff, request = owner[chosen], cutoff[chosen], request[chosen]
-            sample.offer(keys[chosen], _labelled(plan, view, owner, cutoff, request, label))
+            sample.offer(keys[chosen], _labelled(plan, view, moments.at(chosen), label))
+            _offer_recent(scored, plan, view, _moments(view, spec, first_ms, last_ms), last_ms, seed)
         if on_progress is not None:
             on_progress(index + 1, log.partitions)
     sample.shrink()
+    scored.shrink()
     if not any(map(len, sample.parts)):
         raise TooLittleData("no training rows: no event of rows.after has a full horizon after it; give more history")
+    population = Population(*map(np.concatenate, zip(*scored.parts, strict=True)))
     made = _joined(sample.parts)
+    if len(population.visitor) >= FEWEST_SCORED:
+        made = replace(made, population=population)
     return take(made, np.lexsort((made.visitor, made.cutoff_ms)))
 
 
+def _offer_recent(
+    sample: _Sample[Population], plan: Plan, view: View, moments: Moments, last_ms: int, seed: int
+) -> None:
+    """Offer the moments of the last days. All of them are as likely, since drift is counted score by score."""
+    visitor = view.partition.visitor_hash[moments.owner]
+    keys = _mix(visitor, moments.cutoff_ms, seed + 2)
+    recent = (moments.cutoff_ms > last_ms - POPULATION_MS) & (keys <= sample.threshold)
+    chosen = moments.at(recent)
+    matrix = view.vectors(plan, chosen.owner, chosen.cutoff_ms, chosen.request)
+    sample.offer(keys[recent], Population(matrix, visitor[recent]))
+
+
 def take(dataset: Dataset, rows: Ints) -> Dataset:
-    """The dataset of some rows; the golden rows stay."""
-    return Dataset(
-        dataset.matrix[rows], dataset.label[rows], dataset.visitor[rows], dataset.cutoff_ms[rows], dataset.golden
+    """The dataset of some rows; the golden rows and the population stay."""
+    return replace(
+        dataset,
+        matrix=dataset.matrix[rows],
+        label=dataset.label[rows],
+        visitor=dataset.visitor[rows],
+        cutoff_ms=dataset.cutoff_ms[rows],
     )
 
 
@@ -234,31 +275,44 @@ def _gather(records: Records, begins: Ints, ends: Ints) -> tuple[Records, Ints]:
     return records[places], starts
 
 
-def _moments(
-    view: View, spec: FeatureSpec, first_ms: int, matured_ms: int, seed: int
-) -> tuple[Ints, Ints, npt.NDArray[np.float32]]:
-    """Visitor numbers int64[n], cutoffs int64[n] and request features float32[n, R] of a partition's rows."""
-    partition = view.partition
+class Moments(NamedTuple):
+    """Moments of the visitors of a partition, by visitor and time."""
+
+    owner: Ints  # [n] visitor numbers
+    cutoff_ms: Ints  # [n]
+    request: Matrix  # [n, R]
+
+    def at(self, chosen: Bools | Ints) -> Moments:
+        """Some of them."""
+        return Moments(self.owner[chosen], self.cutoff_ms[chosen], self.request[chosen])
+
+
+def _moments(view: View, spec: FeatureSpec, first_ms: int, until_ms: int) -> Moments:
+    """All moments of a partition at which the service would be asked, up to one."""
     if spec.rows.every is not None:
-        points = matured_ms - spec.rows.every * np.arange((matured_ms - first_ms) // spec.rows.every + 1)[::-1]
+        points = until_ms - spec.rows.every * np.arange((until_ms - first_ms) // spec.rows.every + 1)[::-1]
         owner, cutoff = _grid(view, spec, points)
-        request = np.full((len(owner), partition.request.shape[1]), np.nan, np.float32)
+        moments = Moments(owner, cutoff, np.full((len(owner), view.partition.request.shape[1]), np.nan, np.float32))
     else:
-        owner, cutoff, request = _after_events(view, spec, matured_ms)
-    order = np.lexsort((cutoff, owner))
-    owner, cutoff, request = owner[order], cutoff[order], request[order]
-    sizes = np.bincount(owner, minlength=len(partition.visitor_hash))
-    earlier = np.arange(len(owner)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    # The chance of a moment depends on its past alone. A sample of fixed size would favour moments of visitors with
-    # few events still to come, who buy less: on a simulated shop its labels lay 12 % below the truth.
-    chance = _mix(partition.visitor_hash[owner], cutoff, seed) / 2**64
-    chosen = chance * (earlier + 1) < spec.rows.per_visitor
-    return owner[chosen], cutoff[chosen], request[chosen]
+        moments = _after_events(view, spec, until_ms)
+    return moments.at(np.lexsort((moments.cutoff_ms, moments.owner)))
 
 
-def _after_events(view: View, spec: FeatureSpec, matured_ms: int) -> tuple[Ints, Ints, npt.NDArray[np.float32]]:
+def _thinned(view: View, spec: FeatureSpec, moments: Moments, seed: int) -> Moments:
+    """About `rows.per_visitor` moments a visitor, and a few more of the busy.
+
+    The chance of a moment depends on its past alone. A sample of fixed size would favour moments of visitors with few
+    events still to come, who buy less: on a simulated shop its labels lay 12 % below the truth.
+    """
+    sizes = np.bincount(moments.owner, minlength=len(view.partition.visitor_hash))
+    earlier = np.arange(len(moments.owner)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    chance = _mix(view.partition.visitor_hash[moments.owner], moments.cutoff_ms, seed) / 2**64
+    return moments.at(chance * (earlier + 1) < spec.rows.per_visitor)
+
+
+def _after_events(view: View, spec: FeatureSpec, until_ms: int) -> Moments:
     records, request = view.partition.records, view.partition.request
-    asked = np.isin(records["kind"], spec.codes(spec.rows.after)) & (records["ts_ms"] <= matured_ms)
+    asked = np.isin(records["kind"], spec.codes(spec.rows.after)) & (records["ts_ms"] <= until_ms)
     places = np.flatnonzero(asked)
     last = np.ones(len(places), np.bool_)  # of several events in one millisecond
     last[:-1] = view.keys[places][1:] != view.keys[places][:-1]
@@ -268,11 +322,11 @@ def _after_events(view: View, spec: FeatureSpec, matured_ms: int) -> tuple[Ints,
         newcomers = np.flatnonzero(np.diff(view.partition.starts))
         first = view.partition.starts[newcomers]
         before = records["ts_ms"][first] - 1
-        mature = (before <= matured_ms) & (before >= 0)
-        owner = np.concatenate((owner, newcomers[mature]))
-        cutoff = np.concatenate((cutoff, before[mature]))
-        context = np.concatenate((context, request[first[mature]]))
-    return owner, cutoff.astype(np.int64), context
+        within = (before <= until_ms) & (before >= 0)
+        owner = np.concatenate((owner, newcomers[within]))
+        cutoff = np.concatenate((cutoff, before[within]))
+        context = np.concatenate((context, request[first[within]]))
+    return Moments(owner, cutoff.astype(np.int64), context)
 
 
 def _grid(view: View, spec: FeatureSpec, points: Ints) -> tuple[Ints, Ints]:
@@ -287,9 +341,8 @@ def _grid(view: View, spec: FeatureSpec, points: Ints) -> tuple[Ints, Ints]:
     return np.concatenate(active), np.repeat(points, sizes)
 
 
-def _labelled(
-    plan: Plan, view: View, owner: Ints, cutoff: Ints, request: npt.NDArray[np.float32], label: Label
-) -> Dataset:
+def _labelled(plan: Plan, view: View, moments: Moments, label: Label) -> Dataset:
+    owner, cutoff, request = moments
     code = plan.spec.codes((str(label.event),))[0]
     happened = view.keys[view.partition.records["kind"] == code]
     after = np.searchsorted(happened, view.key(owner, cutoff), "right")

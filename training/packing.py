@@ -22,7 +22,7 @@ from service.core.errors import PropensityError
 from service.core.features import Plan
 from service.core.spec import FeatureSpec, Request, Trait, format_duration
 from training import reference, report
-from training.dataset import Dataset, GoldenRow, Split
+from training.dataset import Dataset, GoldenRow, Population, Split
 from training.evaluate import Leak, Metrics
 from training.fit import Fitted
 
@@ -54,6 +54,12 @@ class Contents:
     data: Mapping[str, Any]
 
     @property
+    def population(self) -> Population:
+        """Whom the service scores; where too few are known, and of a table, rows that the trees have not seen."""
+        test = self.split.test
+        return self.rows.population or Population(self.rows.matrix[test], self.rows.visitor[test])
+
+    @property
     def spec(self) -> FeatureSpec:
         """The feature spec."""
         return self.plan.spec
@@ -66,8 +72,9 @@ def pack(directory: Path, contents: Contents) -> Manifest:
     fitted.booster.save_model(directory / "model.txt")
     shutil.copyfile(contents.spec_path, directory / "features.yaml")
     probability = fitted.predict(rows.matrix[split.test])
-    scores = probability.astype(np.float32)
-    described = reference.describe(spec, rows.matrix, scores)
+    population = contents.population
+    scores = fitted.predict(population.matrix).astype(np.float32)
+    described = reference.describe(spec, population.matrix, scores, reference.scores_per_visitor(population.visitor))
     _write_json(directory / "reference.json", described.model_dump(mode="json"))
     golden = golden_cases(rows.golden, contents.plan, fitted)
     _write_json(directory / "golden.json", [case.model_dump(mode="json") for case in golden])

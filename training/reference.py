@@ -1,4 +1,4 @@
-"""What the training population looked like: the bins that drift is counted in, and the quantiles of the score."""
+"""What the population looked like that is scored: the bins that drift is counted in, and the quantiles of the score."""
 
 from __future__ import annotations
 
@@ -14,21 +14,44 @@ BINS: Final = 10
 QUANTILES: Final = 1001
 
 
-def describe(spec: FeatureSpec, matrix: npt.NDArray[np.float32], scores: npt.NDArray[np.float32]) -> Reference:
-    """Reference of feature rows float32[n, F] and of scores float32[m] that the model gave to rows it never saw."""
-    bins = {name: bins_of(matrix[:, column], _category_edges(spec, name)) for column, name in enumerate(spec.names)}
+def describe(
+    spec: FeatureSpec,
+    matrix: npt.NDArray[np.float32],
+    scores: npt.NDArray[np.float32],
+    per_visitor: float = 1,
+) -> Reference:
+    """Reference of feature rows float32[n, F] and of their scores float32[m], so many of which tell as much as one."""
+    bins = {
+        name: bins_of(matrix[:, column], _category_edges(spec, name), per_visitor)
+        for column, name in enumerate(spec.names)
+    }
+    score = bins_of(scores, _score_edges(scores), per_visitor)
     quantiles = np.quantile(scores, np.linspace(0, 1, QUANTILES))
-    return Reference(features=bins, score=bins_of(scores, _score_edges(scores)), quantiles=tuple(map(float, quantiles)))
+    return Reference(features=bins, score=score, quantiles=tuple(map(float, quantiles)))
 
 
-def bins_of(values: npt.NDArray[np.float32], edges: npt.NDArray[np.float64] | None = None) -> Bins:
-    """Bins of about equal share (edges None), or between given edges; values: float32[n], NaN counted apart."""
+def scores_per_visitor(visitor: npt.NDArray[np.uint64]) -> float:
+    """How many rows tell as much as one, 1 or more, of the visitors uint64[n] whose rows they are.
+
+    The design effect of Kish (1965): the mean of the squares over the mean of the rows a visitor has.
+    """
+    _, rows = np.unique(visitor, return_counts=True)
+    return float(np.mean(rows**2) / np.mean(rows)) if len(rows) else 1.0
+
+
+def bins_of(
+    values: npt.NDArray[np.float32], edges: npt.NDArray[np.float64] | None = None, per_visitor: float = 1
+) -> Bins:
+    """Bins of about equal share (edges None), or between given edges; values: float32[n], NaN counted apart.
+
+    Their `rows` is n over the rows that tell as much as one.
+    """
     known = values[~np.isnan(values)].astype(np.float64)
     if edges is None:
         edges = _quantile_edges(known[np.isfinite(known)])  # a ratio may be infinite, an edge may not
     counts = np.bincount(np.searchsorted(edges, known, "right"), minlength=len(edges) + 1)
     shares = np.concatenate(([len(values) - len(known)], counts)) / max(len(values), 1)
-    return Bins(edges=tuple(map(float, edges)), shares=tuple(map(float, shares)), rows=len(values))
+    return Bins(edges=tuple(map(float, edges)), shares=tuple(map(float, shares)), rows=round(len(values) / per_visitor))
 
 
 def _score_edges(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:

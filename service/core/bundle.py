@@ -76,7 +76,9 @@ class Bins(_Model):
 
     edges: tuple[float, ...]
     shares: tuple[float, ...]
-    rows: Annotated[int, Field(ge=0)] = 0  # that the shares were taken from; 0 in bundles that do not say
+    rows: Annotated[int, Field(ge=0)] = (
+        0  # independent ones that tell as much as the shares; 0 in bundles that do not say
+    )
 
     @model_validator(mode="after")
     def _sound(self) -> Bins:

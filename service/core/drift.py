@@ -25,7 +25,7 @@ FALSE_ALARMS: Final = 0.01
 
 
 class Window(NamedTuple):
-    """What is put up with: a PSI that does not matter, and how many scores of a visitor tell as much as one."""
+    """What is put up with: a PSI that does not matter, and the least scores of a visitor that tell as much as one."""
 
     floor: float
     per_visitor: float
@@ -34,7 +34,7 @@ class Window(NamedTuple):
 WINDOWS: Final[Mapping[str, Window]] = {"1h": Window(0.05, 5), "24h": Window(0.02, 15)}
 MISSING_RISE: Final = 0.05
 MISSING_DEVIATIONS: Final = 3.5
-"""Windows, rise and deviations are those of deploy/prometheus/rules/thresholds.yml, which gives the reasons."""
+"""Floors, least scores of a visitor, rise and deviations are those of deploy/prometheus/rules/thresholds.yml."""
 
 Shares = npt.NDArray[np.float64]
 
@@ -96,12 +96,12 @@ def critical_value(bins: int, tests: int) -> float:
 
 
 def chance_level(critical: float, population: float, reference_rows: float, per_visitor: float = 1.0) -> float:
-    """PSI that chance alone stays below: k critical (1 / n + 1 / m), of n scores and m reference rows (0: not known).
+    """PSI that chance alone stays below: critical (k / n + 1 / m), of n scores and m reference rows (0: not known).
 
     k scores of the same visitor tell as much as one: the design effect of Kish (1965), mean of squares over mean of the
-    scores a visitor has in the window.
+    scores a visitor has in the window. The rows of the reference are independent: m is divided by their own.
     """
-    return per_visitor * critical * (1 / population + (1 / reference_rows if reference_rows > 0 else 0))
+    return critical * (per_visitor / population + (1 / reference_rows if reference_rows > 0 else 0))
 
 
 def missing_threshold(share: float, population: float, reference_rows: float, per_visitor: float = 1.0) -> float:
@@ -110,8 +110,8 @@ def missing_threshold(share: float, population: float, reference_rows: float, pe
     3.5 standard deviations of the difference of two binomial shares, of n scores and m rows; 1 / n is added to the
     reference's, since near 0 chance is lopsided.
     """
-    variance = per_visitor * (share + 1 / population) * (1 - share)
-    apart = variance * (1 / population + (1 / reference_rows if reference_rows > 0 else 0))
+    variance = (share + 1 / population) * (1 - share)
+    apart = variance * (per_visitor / population + (1 / reference_rows if reference_rows > 0 else 0))
     return share + MISSING_DEVIATIONS * math.sqrt(apart) + MISSING_RISE
 
 

@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import httpx2
 import numpy as np
 import numpy.typing as npt
 import pytest
-import yaml
 from prometheus_client.mmap_dict import MmapedDict
 
-from deploy import observe
-from deploy.grafana import prometheus as api
 from service.core import bundle, spec
 from service.embedded import EmbeddedServer
-from tests.conftest import SHOP, ServiceProcess, WriteBundle, free_port, wait_until
+from tests.conftest import SHOP, ServiceProcess, WriteBundle, wait_until
+from tests.deploy.prometheus import SCRAPE_S, Prometheus, program
 from training import reference
-
-ROOT: Final = Path(__file__).parents[2]
-SHIPPED: Final = ROOT / "deploy" / "prometheus"
-SCRAPE_S: Final = 1
 
 Rows = npt.NDArray[np.float32]  # [n, F]
 Scores = npt.NDArray[np.float32]  # [n]
@@ -52,50 +45,6 @@ def population(rows: int, seed: int) -> Rows:
         ]
     )
     return matrix.astype(np.float32)
-
-
-@dataclass
-class Prometheus:
-    """A Prometheus on the loopback that scrapes and evaluates every second."""
-
-    directory: Path
-    targets: Sequence[str]
-    port: int = field(default_factory=free_port)
-
-    def __post_init__(self) -> None:
-        self.url = f"http://127.0.0.1:{self.port}"
-        document = observe.configuration(self.targets, [], self._shortened())
-        document["global"] |= {"scrape_interval": f"{SCRAPE_S}s", "evaluation_interval": f"{SCRAPE_S}s"}
-        self.process = observe.prometheus(self.directory, document, self.port)
-        observe.wait(self.process, f"{self.url}/-/ready", self.directory / "prometheus.log")
-        self.started_s = time.time()
-
-    def _shortened(self) -> Path:
-        """A copy of the shipped configuration and rules that differs in `interval` and `for` alone."""
-        copied = self.directory / "shipped"
-        shutil.copytree(SHIPPED, copied)
-        for path in (copied / "rules").glob("*.yml"):
-            document = yaml.safe_load(path.read_text("utf-8"))
-            for group in document["groups"]:
-                group["interval"] = f"{SCRAPE_S}s"
-                for rule in group["rules"]:
-                    if "for" in rule:
-                        rule["for"] = "1s"
-            path.write_text(yaml.safe_dump(document, sort_keys=False, width=10_000), "utf-8")
-        return copied / "prometheus.yml"
-
-    def now(self, query: str) -> list[api.Series]:
-        """The latest values of a query."""
-        return api.instant(self.url, query, time.time())
-
-    def alerts(self, name: str) -> list[dict[str, str]]:
-        """Labels of the alerts of a rule that fire."""
-        return [one.labels for one in self.now(f'ALERTS{{alertstate="firing", alertname="{name}"}}')]
-
-    def states(self, name: str) -> set[str]:
-        """States of the rules of an alert: inactive, pending, firing."""
-        groups = api.ask(self.url, "rules", type="alert")["groups"]
-        return {rule["state"] for group in groups for rule in group["rules"] if rule["name"] == name}
 
 
 @dataclass
@@ -188,8 +137,7 @@ def shop(
     tmp_path_factory: pytest.TempPathFactory, embedded_server: EmbeddedServer, shop_model: bundle.Bundle
 ) -> Iterator[Shop]:
     """Services and Prometheus, before the first request; what each has counted is 0 at the first scrape."""
-    if shutil.which("prometheus") is None:
-        pytest.skip("prometheus is not installed")
+    program("prometheus")
     directory = tmp_path_factory.mktemp("shop")
     given = {
         "redis_url": embedded_server.url,
@@ -209,10 +157,11 @@ def shop(
         for service in services:
             service.wait_until_ready()
         bins = "count by (instance) (propensity_feature_bin_total)"
-        wait_until(lambda: len(started[0].now(bins)) == len(services))
-        assert started[0].now("propensity_feature_bin_total > 0") == []
+        wait_until(lambda: len(started[0].query(bins)) == len(services))
+        assert started[0].query("propensity_feature_bin_total > 0") == []
         yield Shop(services, shop_model, started[0], counts)
     finally:
-        observe.end([one.process for one in started])
+        for one in started:
+            one.end()
         for service in services:
             service.end()

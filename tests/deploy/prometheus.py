@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
-import subprocess
 import threading
-import urllib.error
-import urllib.parse
-import urllib.request
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,17 +13,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+import yaml
 
-from tests.conftest import free_port, wait_until
+from deploy import observe
+from deploy.grafana import prometheus as api
+from tests.conftest import free_port
 
 DEPLOY: Final = Path(__file__).parents[2] / "deploy" / "prometheus"
-CONFIG: Final = """
-global: {{scrape_interval: 1s, evaluation_interval: 1s}}
-rule_files: [{rules}]
-scrape_configs:
-  - job_name: propensity
-    static_configs: [{{targets: {targets}}}]
-"""
+SCRAPE_S: Final = 1
 
 
 def program(name: str) -> str:
@@ -66,68 +59,60 @@ class Exposition:
 
 
 class Prometheus:
-    """A Prometheus on a port of the loopback that scrapes every second and computes all rules as often."""
+    """A Prometheus on a port of the loopback, configured as shipped but that it scrapes and computes every second.
+
+    It waits a second instead of what `for` says before an alarm fires.
+    """
 
     def __init__(self, directory: Path, targets: Sequence[str]) -> None:
-        binary = program("prometheus")
-        rules = directory / "rules"
-        rules.mkdir()
-        for path in (DEPLOY / "rules").glob("*.yml"):
-            fast = re.sub(r"^    interval: .*$", "    interval: 1s", path.read_text("utf-8"), flags=re.MULTILINE)
-            (rules / path.name).write_text(fast, "utf-8")
-        config = directory / "prometheus.yml"
-        config.write_text(CONFIG.format(rules=rules / "*.yml", targets=json.dumps(list(targets))), "utf-8")
+        program("prometheus")
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        self.log = directory / "prometheus.log"
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [
-                    binary,
-                    f"--config.file={config}",
-                    f"--storage.tsdb.path={directory / 'data'}",
-                    f"--web.listen-address=127.0.0.1:{port}",
-                ],
-                stdout=log,
-                stderr=log,
-            )
+        document = observe.configuration(targets, [], shortened(directory / "shipped"))
+        document["global"] |= {"scrape_interval": f"{SCRAPE_S}s", "evaluation_interval": f"{SCRAPE_S}s"}
+        self.process = observe.prometheus(directory, document, port)
         try:
-            wait_until(self.is_ready)
+            observe.wait(self.process, f"{self.url}/-/ready", directory / "prometheus.log")
         except BaseException:
             self.end()
             raise
 
-    def is_ready(self) -> bool:
-        assert self.process.poll() is None, self.log.read_text("utf-8")
-        try:
-            with urllib.request.urlopen(f"{self.url}/-/ready", timeout=1):
-                return True
-        except OSError:
-            return False
-
-    def query(self, query: str, at_s: float | None = None) -> list[dict[str, Any]]:
+    def query(self, query: str, at_s: float | None = None) -> list[api.Series]:
         """The result of an instant query, as of a moment; an error of Prometheus fails the test with its text."""
-        asked = {"query": query} if at_s is None else {"query": query, "time": str(at_s)}
-        try:
-            with urllib.request.urlopen(
-                f"{self.url}/api/v1/query?{urllib.parse.urlencode(asked)}", timeout=10
-            ) as answer:
-                result: list[dict[str, Any]] = json.load(answer)["data"]["result"]
-                return result
-        except urllib.error.HTTPError as error:
-            with error:
-                raise AssertionError(f"{query}: {error.read().decode()}") from None
+        return api.instant(self.url, query, time.time() if at_s is None else at_s)
 
     def values(self, query: str, *labels: str, at_s: float | None = None) -> dict[tuple[str, ...], float]:
         """The values of an instant query by some labels."""
         return {
-            tuple(one["metric"].get(label, "") for label in labels): float(one["value"][1])
-            for one in self.query(query, at_s)
+            tuple(one.labels.get(label, "") for label in labels): one.points[0][1] for one in self.query(query, at_s)
         }
 
+    def alerts(self, name: str) -> list[dict[str, str]]:
+        """Labels of the alerts of a rule that fire."""
+        return [one.labels for one in self.query(f'ALERTS{{alertstate="firing", alertname="{name}"}}')]
+
+    def states(self, name: str) -> set[str]:
+        """States of the rules of an alert: inactive, pending, firing."""
+        groups = api.ask(self.url, "rules", type="alert")["groups"]
+        return {rule["state"] for group in groups for rule in group["rules"] if rule["name"] == name}
+
     def end(self) -> None:
-        self.process.terminate()
-        self.process.wait(20)
+        """End it, and wait for that."""
+        observe.end([self.process])
+
+
+def shortened(copied: Path) -> Path:
+    """A copy of the shipped configuration and rules that differs in `interval` and `for` alone."""
+    shutil.copytree(DEPLOY, copied)
+    for path in (copied / "rules").glob("*.yml"):
+        document = yaml.safe_load(path.read_text("utf-8"))
+        for group in document["groups"]:
+            group["interval"] = f"{SCRAPE_S}s"
+            for rule in group["rules"]:
+                if "for" in rule:
+                    rule["for"] = "1s"
+        path.write_text(yaml.safe_dump(document, sort_keys=False, width=10_000), "utf-8")
+    return copied / "prometheus.yml"
 
 
 @contextmanager

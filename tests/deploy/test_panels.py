@@ -17,7 +17,8 @@ from deploy.grafana import preview, traffic, variables
 from deploy.grafana import prometheus as api
 from deploy.grafana.documents import DIRECTORY
 from tests.conftest import wait_until
-from tests.deploy.conftest import SCRAPE_S, Rows, Scores, Shop, population
+from tests.deploy.conftest import Rows, Scores, Shop, population
+from tests.deploy.prometheus import SCRAPE_S
 
 pytestmark = pytest.mark.slow
 
@@ -58,7 +59,7 @@ def visited(shop: Shop) -> Visited:
     recorded, workers = recorded_psi(shop), shop.workers_that_scored()
     shop.score(population(4000, seed=3), shop.services)
     shop.browse()
-    wait_until(lambda: len(shop.prometheus.now("propensity:psi:24h")) == len(expected))
+    wait_until(lambda: len(shop.prometheus.query("propensity:psi:24h")) == len(expected))
     return Visited(shop, workers, recorded, expected)
 
 
@@ -94,7 +95,7 @@ def test_every_choice_of_a_variable_leaves_panels_that_answer(visited: Visited, 
         if variable["type"] == "query":
             found = re.fullmatch(r"label_values\((\w+)(?:\{.*\})?, (\w+)\)", variable["query"])
             assert found, variable["query"]
-            labels = {one.labels[found[2]] for one in visited.shop.prometheus.now(found[1])}
+            labels = {one.labels[found[2]] for one in visited.shop.prometheus.query(found[1])}
             assert labels, variable["name"]
             choices[variable["name"]] = sorted(labels)
     for values in (variables.chosen(dashboard, choices), variables.chosen(dashboard, _first(choices))):
@@ -131,7 +132,7 @@ def test_a_metric_that_nobody_exports_is_noticed() -> None:
 def test_every_version_that_was_loaded_is_marked(visited: Visited) -> None:
     for path in dashboards():
         (annotation,) = json.loads(path.read_text("utf-8"))["annotations"]["list"]
-        (marked,) = visited.shop.prometheus.now(annotation["expr"])
+        (marked,) = visited.shop.prometheus.query(annotation["expr"])
         assert abs(marked.points[0][1] / 1000 - time.time()) < 300
         assert marked.labels == {"model": "shop", "version": "1"}
 
@@ -174,7 +175,7 @@ def expected_psi(shop: Shop, matrix: Rows, scores: Scores) -> dict[str, float]:
 
 
 def recorded_psi(shop: Shop) -> dict[str, float]:
-    return {one.labels["feature"]: one.points[0][1] for one in shop.prometheus.now("propensity:psi:1h")}
+    return {one.labels["feature"]: one.points[0][1] for one in shop.prometheus.query("propensity:psi:1h")}
 
 
 def test_psi_of_prometheus_over_two_workers_is_that_of_numpy(visited: Visited) -> None:

@@ -31,7 +31,13 @@ def loaded(tmp_path_factory: pytest.TempPathFactory, write_bundle: WriteBundle) 
 @pytest.fixture
 def counted(loaded: Bundle) -> Iterator[Population]:
     """Counts that begin at 0."""
-    for metric in (metrics.FEATURE_BINS, metrics.LAST_EVENT_AGE, metrics.SCORES_CAPPED, metrics.SCORES_WITHOUT_HISTORY):
+    for metric in (
+        metrics.FEATURE_BINS,
+        metrics.LAST_EVENT_AGE,
+        metrics.SCORES_CAPPED,
+        metrics.SCORES_WITHOUT_HISTORY,
+        metrics.EARLIER_EVENTS,
+    ):
         for labels in [labels for labels in metric._metrics if labels[0] == "counted"]:
             metric.remove(*labels)
     yield Population(loaded)
@@ -95,6 +101,31 @@ def test_what_is_known_of_visitors_is_counted(counted: Population, loaded: Bundl
     assert [bucket.get() for bucket in ages._buckets] == [0, 0, 0, 1, 0, 2, *[0] * 9]
 
 
+def earlier_events() -> dict[str, float]:
+    """The earlier events of whom `counted` scored, by window."""
+    counters: Any = metrics.EARLIER_EVENTS._metrics
+    return {window: one._value.get() for (model, _, window), one in counters.items() if model == "counted"}
+
+
+def test_events_of_half_a_window_before_a_score_are_counted_without_the_newest(
+    counted: Population, loaded: Bundle
+) -> None:
+    half_ms = population.HALF_WINDOWS_MS["1h"]
+    assert earlier_events() == {"1h": 0, "24h": 0}
+    score(loaded, counted, [views(0, 0), views(1, 0), views(4, half_ms - 2_500), views(3, 2 * half_ms), views(2, -1)])
+    assert earlier_events() == {"1h": 2, "24h": 3 + 2}
+
+
+def test_they_tell_how_many_scores_a_visitor_has_where_each_event_is_scored(
+    counted: Population, loaded: Bundle
+) -> None:
+    visits = [1, 2, 12]
+    for events_so_far in range(1, 13):
+        score(loaded, counted, [views(events_so_far, 0) for visit in visits if visit >= events_so_far])
+    scores_per_visitor = sum(visit**2 for visit in visits) / sum(visits)
+    assert 1 + 2 * earlier_events()["1h"] / sum(visits) == pytest.approx(scores_per_visitor)
+
+
 @pytest.mark.parametrize(("degraded", "features"), [(("store",), {}), ((), {"nonsense": 1})])
 def test_rows_without_history_for_want_of_the_store_and_rows_without_an_answer_do_not_count(
     counted: Population, loaded: Bundle, degraded: tuple[str, ...], features: dict[str, object]
@@ -110,6 +141,8 @@ def test_beside_a_row_without_an_answer_the_others_count(counted: Population, lo
     counted.tell()
     assert in_bins("views_90d") == {"missing": 0, "below 1": 1, "from 1": 1}
     assert value(metrics.SCORES_WITHOUT_HISTORY) == 1
+    score(loaded, counted, [views(3, 0)])
+    assert earlier_events()["1h"] == 2
 
 
 def test_rows_whose_histories_nobody_asked_for_count_by_their_features_alone(

@@ -119,13 +119,16 @@ def rows_of(made: Dataset) -> Rows:
     return found
 
 
-def brute_force(spec: FeatureSpec, sent: Sequence[dict[str, Any]]) -> Rows:
-    """Every row there can be, made one at a time from what the service would have kept until its moment."""
+def brute_force(spec: FeatureSpec, sent: Sequence[dict[str, Any]], until_ms: int | None = None) -> Rows:
+    """Every row there can be, made one at a time from what the service would have kept until its moment.
+
+    Moments until the last that matured, or another.
+    """
     plan, catalogue = features.compile(spec), ingest.catalogue([spec])
     label = spec.label
     assert label is not None
     assert label.horizon is not None
-    matured = max(item["timestamp"] for item in sent) - label.horizon
+    matured = max(item["timestamp"] for item in sent) - label.horizon if until_ms is None else until_ms
     made: Rows = {}
     for visitor in {item["userId"] for item in sent}:
         own = sorted((item for item in sent if item["userId"] == visitor), key=lambda item: item["timestamp"])
@@ -167,6 +170,50 @@ def unique_contexts(sent: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {**item, "context": known.setdefault((item["userId"], item["timestamp"]), item["context"])} for item in sent
     ]
+
+
+# --- whom the service scores ---
+
+
+@pytest.mark.parametrize("rows", [{"per_visitor": 1}, {"per_visitor": 1, "after": ["view"], "cold_start": False}])
+def test_the_population_is_every_moment_of_the_last_days_whatever_rows_are_kept(
+    read: Read, monkeypatch: pytest.MonkeyPatch, rows: dict[str, Any]
+) -> None:
+    chosen = shop(rows=rows)
+    sent = unique_contexts(random_events(5))
+    monkeypatch.setattr(source, "_PARTITION_ROWS", 100)
+    monkeypatch.setattr(dataset, "POPULATION_MS", 5 * DAY_MS)
+    monkeypatch.setattr(dataset, "FEWEST_SCORED", 10)
+    population = dataset.build(read(chosen, sent), features.compile(chosen)).population
+    last_ms = max(item["timestamp"] for item in sent)
+    wanted = [
+        (visitor, vector)
+        for (visitor, cutoff), (vector, _) in brute_force(chosen, sent, last_ms).items()
+        if cutoff > last_ms - 5 * DAY_MS
+    ]
+    assert population is not None
+    found = [(int(one), row.tobytes()) for one, row in zip(population.visitor, population.matrix, strict=True)]
+    assert sorted(found) == sorted(wanted)
+    assert len(found) > 50
+
+
+def test_a_population_of_few_is_none(read: Read) -> None:
+    chosen = shop(rows={"per_visitor": 1, "after": "order"})
+    built = dataset.build(read(chosen, random_events(5)), features.compile(chosen))
+    assert len(built) > 0
+    assert built.population is None
+
+
+def test_a_large_population_is_drawn_from_evenly(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = [event("busy", NOW_MS - place * 1000) for place in range(3_000)]
+    sent += [event(f"v{place}", NOW_MS - place * 1000) for place in range(1_000)]
+    sent += [order(f"buyer {place}", NOW_MS - 3 * DAY_MS) for place in range(5)]
+    monkeypatch.setattr(dataset, "POPULATION_ROWS", 1_000)
+    chosen = shop(rows={"per_visitor": 1, "cold_start": False})
+    population = dataset.build(read(chosen, sent), features.compile(chosen)).population
+    assert population is not None
+    assert len(population.matrix) == len(population.visitor) == 1_000
+    assert np.mean(population.visitor == visitor_hash("busy")) == pytest.approx(0.75, abs=0.05)
 
 
 # --- which moments, features and labels ---

@@ -169,12 +169,27 @@ def test_a_golden_case_with_an_infinite_feature_is_left_out(contents: Contents, 
         packing.golden_cases([row], contents.plan, contents.fitted)
 
 
-def test_the_reference_describes_the_rows_and_the_scores(contents: Contents, made: Bundle) -> None:
+def test_the_reference_describes_rows_that_the_trees_have_not_seen_where_nothing_else_is_known(
+    contents: Contents, made: Bundle
+) -> None:
     assert set(made.reference.features) == set(contents.spec.names)
-    missing = float(np.isnan(contents.rows.matrix[:, 0]).mean())
-    assert made.reference.features["views"].shares[0] == pytest.approx(missing)
-    scores = made.predict(contents.rows.matrix[contents.split.test])
+    unseen = contents.rows.matrix[contents.split.test]
+    assert made.reference.features["views"].shares[0] == pytest.approx(float(np.isnan(unseen[:, 0]).mean()))
+    scores = made.predict(unseen)
     assert made.reference.quantiles[0] == pytest.approx(float(scores.min()), abs=1e-6)
+
+
+def test_the_reference_and_the_segments_are_of_whom_the_service_scores(contents: Contents, tmp_path: Path) -> None:
+    matrix = contents.rows.matrix[:200].copy()
+    matrix[:, 0] = 7.0
+    scored = dataset.Population(matrix, np.repeat(np.arange(50), 4).astype(np.uint64))
+    given = replace(contents, rows=replace(contents.rows, population=scored))
+    made = packed(given, tmp_path / "bundle")
+    assert made.reference.features["views"].shares[0] == 0
+    assert {bins.rows for bins in made.reference.features.values()} == {made.reference.score.rows} == {50}
+    scores = made.predict(matrix)
+    assert made.reference.quantiles[-1] == pytest.approx(float(scores.max()), abs=1e-6)
+    assert made.cutoffs == pytest.approx(segments.cutoffs(scores, contents.spec.segments), abs=1e-6)
 
 
 def test_the_report_stands_alone_and_names_model_data_and_leaks(made: Bundle) -> None:

@@ -119,3 +119,13 @@ def test_a_reference_says_how_many_rows_its_shares_were_taken_from() -> None:
     described = reference.describe(CODED, np.zeros((10, 4), np.float32), np.array([0.1, 0.2], np.float32))
     assert {bins.rows for bins in described.features.values()} == {10}
     assert described.score.rows == 2
+
+
+def test_rows_of_the_same_visitors_count_as_the_independent_ones_that_tell_as_much() -> None:
+    often = np.array([7] * 9 + [8, 9], np.uint64)
+    assert reference.scores_per_visitor(often) == pytest.approx((81 + 1 + 1) / 11)
+    assert reference.scores_per_visitor(np.arange(5, dtype=np.uint64)) == 1
+    assert reference.scores_per_visitor(np.empty(0, np.uint64)) == 1
+    described = reference.describe(CODED, np.zeros((10, 4), np.float32), np.array([0.1, 0.2], np.float32), 2.5)
+    assert {bins.rows for bins in described.features.values()} == {4}
+    assert described.score.rows == 1

@@ -98,9 +98,8 @@ def test_predictions_are_those_of_the_last_split_and_of_the_bundle(shop: Path, f
     assert table.num_rows == len(first.split.test) == first.judgement.metrics.rows
     assert sum(table.column("label").to_pylist()) == first.judgement.metrics.positives
     assert min(table.column("cutoff_ms").to_pylist()) > END_MS - 25 * DAY_MS
-    scores = np.sort(table.column("propensity").to_numpy())
-    quantiles = first.bundle.reference.quantiles
-    assert (scores[0], scores[-1]) == pytest.approx((quantiles[0], quantiles[-1]), abs=1e-6)
+    scores, label = table.column("propensity").to_numpy(), np.array(table.column("label").to_pylist())
+    assert np.mean((scores - label) ** 2) == pytest.approx(first.judgement.metrics.brier, abs=1e-9)
 
 
 def test_the_same_events_and_seed_give_the_same_model_to_the_byte_whatever_the_files(
