@@ -133,11 +133,11 @@ def build(
     for index, partition in enumerate(log):
         if len(partition.records):
             view = View(partition)
-            moments = _thinned(view, spec, _moments(view, spec, first_ms, matured_ms), seed)
-            keys = _mix(partition.visitor_hash[moments.owner], moments.cutoff_ms, seed + 1)
+            kept = _thinned(view, spec, moments(view, spec, first_ms, matured_ms), seed)
+            keys = _mix(partition.visitor_hash[kept.owner], kept.cutoff_ms, seed + 1)
             chosen = keys <= sample.threshold
-            sample.offer(keys[chosen], _labelled(plan, view, moments.at(chosen), label))
-            _offer_recent(scored, plan, view, _moments(view, spec, first_ms, last_ms), last_ms, seed)
+            sample.offer(keys[chosen], _labelled(plan, view, kept.at(chosen), label))
+            _offer_recent(scored, plan, view, moments(view, spec, first_ms, last_ms), last_ms, seed)
         if on_progress is not None:
             on_progress(index + 1, log.partitions)
     sample.shrink()
@@ -151,14 +151,12 @@ def build(
     return take(made, np.lexsort((made.visitor, made.cutoff_ms)))
 
 
-def _offer_recent(
-    sample: _Sample[Population], plan: Plan, view: View, moments: Moments, last_ms: int, seed: int
-) -> None:
+def _offer_recent(sample: _Sample[Population], plan: Plan, view: View, asked: Moments, last_ms: int, seed: int) -> None:
     """Offer the moments of the last days. All of them are as likely, since drift is counted score by score."""
-    visitor = view.partition.visitor_hash[moments.owner]
-    keys = _mix(visitor, moments.cutoff_ms, seed + 2)
-    recent = (moments.cutoff_ms > last_ms - POPULATION_MS) & (keys <= sample.threshold)
-    chosen = moments.at(recent)
+    visitor = view.partition.visitor_hash[asked.owner]
+    keys = _mix(visitor, asked.cutoff_ms, seed + 2)
+    recent = (asked.cutoff_ms > last_ms - POPULATION_MS) & (keys <= sample.threshold)
+    chosen = asked.at(recent)
     matrix = view.vectors(plan, chosen.owner, chosen.cutoff_ms, chosen.request)
     sample.offer(keys[recent], Population(matrix, visitor[recent]))
 
@@ -287,27 +285,27 @@ class Moments(NamedTuple):
         return Moments(self.owner[chosen], self.cutoff_ms[chosen], self.request[chosen])
 
 
-def _moments(view: View, spec: FeatureSpec, first_ms: int, until_ms: int) -> Moments:
+def moments(view: View, spec: FeatureSpec, first_ms: int, until_ms: int) -> Moments:
     """All moments of a partition at which the service would be asked, up to one."""
     if spec.rows.every is not None:
         points = until_ms - spec.rows.every * np.arange((until_ms - first_ms) // spec.rows.every + 1)[::-1]
         owner, cutoff = _grid(view, spec, points)
-        moments = Moments(owner, cutoff, np.full((len(owner), view.partition.request.shape[1]), np.nan, np.float32))
+        asked = Moments(owner, cutoff, np.full((len(owner), view.partition.request.shape[1]), np.nan, np.float32))
     else:
-        moments = _after_events(view, spec, until_ms)
-    return moments.at(np.lexsort((moments.cutoff_ms, moments.owner)))
+        asked = _after_events(view, spec, until_ms)
+    return asked.at(np.lexsort((asked.cutoff_ms, asked.owner)))
 
 
-def _thinned(view: View, spec: FeatureSpec, moments: Moments, seed: int) -> Moments:
+def _thinned(view: View, spec: FeatureSpec, asked: Moments, seed: int) -> Moments:
     """About `rows.per_visitor` moments a visitor, and a few more of the busy.
 
     The chance of a moment depends on its past alone. A sample of fixed size would favour moments of visitors with few
     events still to come, who buy less: on a simulated shop its labels lay 12 % below the truth.
     """
-    sizes = np.bincount(moments.owner, minlength=len(view.partition.visitor_hash))
-    earlier = np.arange(len(moments.owner)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    chance = _mix(view.partition.visitor_hash[moments.owner], moments.cutoff_ms, seed) / 2**64
-    return moments.at(chance * (earlier + 1) < spec.rows.per_visitor)
+    sizes = np.bincount(asked.owner, minlength=len(view.partition.visitor_hash))
+    earlier = np.arange(len(asked.owner)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    chance = _mix(view.partition.visitor_hash[asked.owner], asked.cutoff_ms, seed) / 2**64
+    return asked.at(chance * (earlier + 1) < spec.rows.per_visitor)
 
 
 def _after_events(view: View, spec: FeatureSpec, until_ms: int) -> Moments:
