@@ -98,7 +98,7 @@ observe: .venv/.ready ## Watch the service on PORT with Prometheus, and Grafana 
 	@$(MAKE) --no-print-directory system PROGRAMS=prometheus
 	@$(BIN)/python -m deploy.observe --port $(PORT) --prometheus-port $(PROMETHEUS_PORT)
 
-traffic: .venv/.ready ## Score rows of the shop's training again on PORT: SECONDS=60, and DRIFT=FEATURE to see an alarm
+traffic: .venv/.ready ## Score moments of the shop's last week again on PORT: SECONDS=60, and DRIFT=FEATURE to see an alarm
 	@$(BIN)/python -m deploy.grafana.traffic --port $(PORT) --seconds $(SECONDS) $(if $(DRIFT),--drift $(DRIFT))
 
 preview: .venv/.ready-dev ## Draw the dashboards without Grafana, from the Prometheus on PROMETHEUS_PORT (9090)

@@ -1,4 +1,4 @@
-"""Owns traffic that looks like the training population, to see the dashboards with: rows of the shop are scored again.
+"""Owns traffic that looks like the shop's last week, to see the dashboards with: its moments are scored again.
 
 With `--drift FEATURE` one feature moves by two standard deviations in the second half of the time, and its alarm fires.
 """
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     if given.drift and given.drift not in names:
         print(f"{given.drift} is no feature of {given.spec}; there are {', '.join(names)}", file=sys.stderr)
         return 1
-    print(f"Scoring {len(matrix):,} rows of the training population again, for {given.seconds} s", flush=True)
+    print(f"Scoring {len(matrix):,} moments of the shop's last week again, for {given.seconds} s", flush=True)
     try:
         send(given.port, names, matrix, given.seconds, given.drift)
     except ConnectionRefusedError:
@@ -54,12 +54,13 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def rows(events: str, spec_path: Path) -> tuple[tuple[str, ...], npt.NDArray[np.float32]]:
-    """Names of the features, and the rows float32[n, F] that training would see, in random order."""
+    """Names of the features, and rows float32[n, F] of whom the service would have scored, in random order."""
     spec = specfile.load(spec_path)
     with tempfile.TemporaryDirectory() as directory:
         built = dataset.build(source.read([events], spec, Path(directory)), features.compile(spec), max_rows=20_000)
-    np.random.default_rng(1).shuffle(built.matrix)
-    return spec.names, built.matrix
+    matrix = built.matrix if built.population is None else built.population.matrix
+    np.random.default_rng(1).shuffle(matrix)
+    return spec.names, matrix
 
 
 def send(
