@@ -80,6 +80,27 @@ class ModelNotReady(ServiceError):
     code = "model-not-ready"
 
 
+class InvalidCursor(ServiceError, ValueError):
+    """A cursor that nobody gave."""
+
+    status = 422
+    code = "invalid-cursor"
+
+
+class CursorGone(ServiceError):
+    """What comes after the cursor is not kept any more."""
+
+    status = 410
+    code = "cursor-gone"
+
+
+class UnknownAudience(ServiceError):
+    """There is no audience of this name."""
+
+    status = 404
+    code = "unknown-audience"
+
+
 class RefusedEvent(ServiceError):
     """The one event of a request was refused."""
 

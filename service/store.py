@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import re
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,8 +37,11 @@ from service.history import MOST_EVENTS as MOST_EVENTS
 from service.history import History as History
 from service.history import compact_traits as compact_traits
 from service.location import Address, Kind, Location
+from service.members import Members
+from service.propensities import Propensities
 from service.reader import Endpoint, Reader, Values
 from service.servers import UNREAD, Command, Redirect, Refusal, Servers
+from service.shards import tag_of
 
 # What is let grow on top of the design's bound before a visitor is compacted.
 MOST_EVENT_BYTES: Final = 2 * MOST_EVENTS * RECORD_BYTES
@@ -47,7 +49,6 @@ MOST_EVENT_BYTES: Final = 2 * MOST_EVENTS * RECORD_BYTES
 MOST_TRAIT_BYTES: Final = 64 * RECORD_BYTES
 
 _PAGE: Final = 500
-_plain: Final = re.compile(r"[A-Za-z0-9_.~-]+").fullmatch
 
 # For each key, three arguments: puts the third in place of the first so many bytes if their SHA-1 is the second; what
 # was appended since stays. All keys or none; what becomes empty goes. Returns the memory that the first key takes then,
@@ -138,6 +139,25 @@ class Store:
         network = _Network(location.parse(url), timeout_ms / 1000, connect_timeout_ms / 1000, connections)
         return cls(network, namespace=namespace, retention_ms=retention_ms)
 
+    @property
+    def namespace(self) -> str:
+        """What all keys begin with."""
+        return self._namespace
+
+    @property
+    def retention_ms(self) -> int:
+        """How long what is known of a silent visitor is kept."""
+        return self._retention_ms
+
+    @property
+    def is_cluster(self) -> bool:
+        """Whether one command may only name keys of one slot."""
+        return self._network.is_cluster
+
+    async def run(self, *commands: Command) -> list[Any]:
+        """The reply to each command, in one round trip. Raises StoreError also where a server refuses one."""
+        return await self._run(*commands)
+
     async def close(self) -> None:
         """Close every connection."""
         self._reader.close()
@@ -155,7 +175,7 @@ class Store:
 
     def keys(self, visitor_id: str) -> tuple[str, str]:
         """The keys of a visitor's events and traits."""
-        tag = visitor_id if _plain(visitor_id) else quote(visitor_id, safe="", errors="surrogatepass")
+        tag = tag_of(visitor_id)
         return f"{self._namespace}:e:{{{tag}}}", f"{self._namespace}:t:{{{tag}}}"
 
     async def read(self, visitor_ids: Sequence[str]) -> list[History]:
@@ -278,6 +298,8 @@ class Store:
         deleted = sum(await self._run(*(("DEL", key) for key in self.keys(visitor_id))))
         deleted += await self._erase_quarantined(visitor_id)
         deleted += await self._erase_scores(visitor_id)
+        deleted += await Propensities(self).forget([visitor_id])
+        deleted += await Members(self).forget([visitor_id])
         return bool(deleted)
 
     async def log_scores(self, entries: Sequence[bytes], length: int) -> None:
