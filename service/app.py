@@ -28,14 +28,17 @@ from service.api.state import State
 from service.api.tensors import InferIn
 from service.http import KEEP_ALIVE_S, Protocol, close_stalled
 from service.lifecycle import Lifecycle, Server, cancel
+from service.live_scores import LiveScores
 from service.logs import RequestId
+from service.members import Members
 from service.metrics import RequestTimer
+from service.propensities import Propensities
 from service.score_log import ScoreLog
 from service.scorer import Scorer
 from service.settings import Settings
 from service.store import Store
 from service.tracing import Traced, Tracing
-from service.workers import compaction, telling
+from service.workers import compaction, keeping, telling
 
 logger = logging.getLogger(__name__)
 
@@ -156,9 +159,13 @@ async def open_state(settings: Settings, lifecycle: Lifecycle, traces: Tracing |
     metrics.set_service(_version(), settings.latency_objective_ms)
     loaded = models.load(settings.artifacts, settings.default_model)
     async with open_store(settings, loaded.history_ms) as store:
+        propensities = Propensities(store, kept_moves=settings.kept_changes)
+        members = Members(store, kept_changes=settings.kept_changes)
+        live_scores = LiveScores(propensities, buffer=settings.live_scores_buffer)
         scorer = Scorer(
             store,
             loaded,
+            live_scores.add,
             deadline_ms=settings.deadline_ms,
             max_deadline_ms=settings.max_deadline_ms,
             queue_length=settings.queue_length,
@@ -170,6 +177,7 @@ async def open_state(settings: Settings, lifecycle: Lifecycle, traces: Tracing |
         chores = [
             asyncio.create_task(close_stalled(lane.connections, settings.request_timeout_s)),
             asyncio.create_task(compaction.run(store)),
+            asyncio.create_task(keeping.run(store, propensities, members)),
             asyncio.create_task(telling.run(loaded, scorer)),
         ]
         # What lives as long as the process need not be looked at in every collection.
@@ -182,6 +190,8 @@ async def open_state(settings: Settings, lifecycle: Lifecycle, traces: Tracing |
                 store=store,
                 scorer=scorer,
                 score_log=log,
+                propensities=propensities,
+                members=members,
                 lane=lane,
                 tracing=traces,
                 lifecycle=lifecycle,
@@ -190,6 +200,7 @@ async def open_state(settings: Settings, lifecycle: Lifecycle, traces: Tracing |
             await cancel(*chores)
             scorer.close()
             await log.close()
+            await live_scores.close()
             telling.tell(loaded, scorer)
             if traces is not None:
                 traces.close()

@@ -25,9 +25,9 @@ _PAGE: Final = 500
 # Chunks that are looked through at once for a visitor who is erased.
 _SCRUB: Final = 16
 
-# In a script that changes a shard: emit(outbox, counter, lines).
+# In a script that changes a shard: emit(outbox, counter, lines, how long they live).
 EMIT: Final = """
-local function emit(outbox, counter, lines)
+local function emit(outbox, counter, lines, life_ms)
   if #lines == 0 then return end
   local last = tonumber(redis.call('GET', counter) or false)
   if not last then
@@ -37,13 +37,15 @@ local function emit(outbox, counter, lines)
   for place, line in ipairs(lines) do
     redis.call('RPUSH', outbox, string.format('%.0f ', last + place) .. line)
   end
-  redis.call('SET', counter, string.format('%.0f', last + #lines))
+  redis.call('SET', counter, string.format('%.0f', last + #lines), 'PX', life_ms)
+  redis.call('PEXPIRE', outbox, life_ms)
 end
 """
 
 # Takes lines of an outbox that have not been taken yet, and drops the oldest chunks beyond so many lines.
 _TAKE: Final = """
 local journal, known, shard, keep, chunk_lines = KEYS[1], KEYS[2], ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+local life_ms = ARGV[4]
 local taken = tonumber(redis.call('HGET', known, 'moved:' .. shard) or 0)
 local following = tonumber(redis.call('HGET', known, 'next') or false)
 if not following then
@@ -60,7 +62,7 @@ local function store()
   end
   lines = {}
 end
-for place = 4, #ARGV do
+for place = 5, #ARGV do
   local number, line = string.match(ARGV[place], '^(%d+) (.*)$')
   if tonumber(number) > taken then
     taken = tonumber(number)
@@ -83,6 +85,8 @@ if wanted > first then
 end
 redis.call('HSET', known, 'moved:' .. shard, string.format('%.0f', taken), 'next', string.format('%.0f', following),
   'first', string.format('%.0f', first))
+redis.call('PEXPIRE', journal, life_ms)
+redis.call('PEXPIRE', known, life_ms)
 return string.format('%.0f', taken)
 """
 
@@ -154,13 +158,13 @@ class Journal:
 
     async def drain(self, shards: Iterable[int] = range(SHARDS)) -> None:
         """Take over what is in the outboxes. Everybody may do so at any time."""
-        waiting = list(shards)
+        waiting, life_ms = list(shards), self._cache.retention_ms
         while waiting:
             found = await self._cache.run(*(("LRANGE", self.outbox(shard)[0], 0, _PAGE - 1) for shard in waiting))
             full = {shard: lines for shard, lines in zip(waiting, found, strict=True) if lines}
             taken = await self._cache.run(
                 *(
-                    ("EVAL", _TAKE, 2, self.key, self.known_key, shard, self._keep, CHUNK, *lines)
+                    ("EVAL", _TAKE, 2, self.key, self.known_key, shard, self._keep, CHUNK, life_ms, *lines)
                     for shard, lines in full.items()
                 )
             )
@@ -213,10 +217,15 @@ class Journal:
             scrubbed += sum(await self._cache.run(*scripts)) if scripts else 0
         return scrubbed
 
+    def all_keys(self) -> list[str]:
+        """Every key of it, outboxes last."""
+        return [self.key, self.known_key, *(key for shard in range(SHARDS) for key in self.outbox(shard))]
+
     async def drop(self) -> None:
         """Forget all of it, outboxes last: a drop that was cut off is ended by another one."""
-        await self._cache.run(("DEL", self.key), ("DEL", self.known_key))
-        await self._cache.run(*(("DEL", key) for shard in range(SHARDS) for key in self.outbox(shard)))
+        for key in self.all_keys()[:2]:
+            await self._cache.run(("DEL", key))
+        await self._cache.run(*(("DEL", key) for key in self.all_keys()[2:]))
 
 
 def _number(since: str) -> int:

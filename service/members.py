@@ -11,7 +11,6 @@ Names are those of the definitions file: letters, digits, `_`, `-` and `.`, 64 a
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
@@ -19,6 +18,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from service.core.errors import PropensityError
+from service.erasures import Erasures, key_of
 from service.journal import EMIT, Journal
 from service.servers import Command
 from service.shards import MOST_OF_SCRIPT, SHARDS, Cache, Cursor, Page, by_shard, shard_of, slices, tag_of, text_of
@@ -32,11 +32,11 @@ _SEND: Final = 10_000
 
 _is_name: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}").fullmatch
 
-# KEYS: members, outbox, counter. ARGV: now, reason, [tag, entered_ms, ...], [tag, ...].
+# KEYS: members, outbox, counter. ARGV: now, reason, how long they live, [tag, entered_ms, ...], [tag, ...].
 _CHANGE: Final = (
     EMIT
     + """
-local entered, left, lines = cmsgpack.unpack(ARGV[3]), cmsgpack.unpack(ARGV[4]), {}
+local entered, left, lines = cmsgpack.unpack(ARGV[4]), cmsgpack.unpack(ARGV[5]), {}
 local function known(tag) return redis.call('ZRANGEBYLEX', KEYS[1], '[' .. tag .. ' ', '(' .. tag .. '!')[1] end
 for place = 1, #entered, 2 do
   local tag = entered[place]
@@ -52,7 +52,7 @@ for _, tag in ipairs(left) do
     lines[#lines + 1] = ARGV[1] .. ' 0 ' .. ARGV[2] .. ' ' .. tag
   end
 end
-emit(KEYS[2], KEYS[3], lines)
+emit(KEYS[2], KEYS[3], lines, ARGV[3])
 return redis.call('LLEN', KEYS[2])
 """
 )
@@ -66,7 +66,7 @@ end
 return found
 """
 
-# Ends the membership of ARGV[2], of which only ARGV[3] is told, at ARGV[1].
+# Ends the membership of ARGV[2], of which only ARGV[3] is told, with the reason ARGV[1].
 _FORGET: Final = (
     EMIT
     + """
@@ -75,7 +75,7 @@ if not member then return 0 end
 redis.call('ZREM', KEYS[1], member)
 local time = redis.call('TIME')
 local now = string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000))
-emit(KEYS[2], KEYS[3], {now .. ' 0 ' .. ARGV[1] .. ' ' .. ARGV[3]})
+emit(KEYS[2], KEYS[3], {now .. ' 0 ' .. ARGV[1] .. ' ' .. ARGV[3]}, ARGV[4])
 return 1
 """
 )
@@ -127,16 +127,12 @@ class TooManyAudiences(PropensityError):
     """One audience more than are kept."""
 
 
-def key_of(visitor_id: str) -> str:
-    """What a visitor is known by where the id must not be: 64 hex digits of the SHA-256 of its UTF-8."""
-    return hashlib.sha256(visitor_id.encode("utf-8", "surrogatepass")).hexdigest()
-
-
 class Members:
     """The members of all audiences."""
 
     def __init__(self, cache: Cache, *, kept_changes: int = MOST_KEPT_CHANGES) -> None:
         self._cache, self._kept_changes = cache, kept_changes
+        self._erasures = Erasures(cache)
 
     # --- who is in ---
 
@@ -184,29 +180,33 @@ class Members:
         """Let visitors enter, each since a moment, and let others leave.
 
         Who is in stays in since then, and who is out stays out. Each change is one step together with its line in the
-        journal, so a call that was cut off is ended by another one like it. `why` is one short text for all of them.
+        journal, so a call that was cut off is ended by another one like it. Who was erased and has not come back does
+        not enter. `why` is one short text for all of them.
         """
-        journal = self.journal(audience)
         await self._register(audience)
-        reason = tag_of(why)
         changes: list[tuple[str, int | None]] = [*entered.items(), *((visitor_id, None) for visitor_id in left)]
         for some in slices(changes, _SEND):
-            parts = [
-                (shard, [(tag, some[place][1]) for place, tag in piece])
-                for shard, all_ in by_shard([visitor_id for visitor_id, _ in some]).items()
-                for piece in slices(all_, MOST_OF_SCRIPT)
-            ]
-            words: list[Command] = [
-                (
-                    *("EVAL", _CHANGE, 3, self._key(audience, shard), *journal.outbox(shard), at_ms, reason),
-                    msgspec.msgpack.encode([word for tag, ms in piece if ms is not None for word in (tag, str(ms))]),
-                    msgspec.msgpack.encode([tag for tag, ms in piece if ms is None]),
-                )
-                for shard, piece in parts
-            ]
-            lengths = await self._cache.run(*words)
-            await journal.drain({shard for (shard, _), length in zip(parts, lengths, strict=True) if length})
-        await self._cache.run(("EVAL", _RAISE, 1, journal.known_key, "updated_ms", at_ms))
+            entering = [visitor_id for visitor_id, since_ms in some if since_ms is not None]
+            async with self._erasures.writing(entering, self.forget) as erased:
+                if erased:
+                    some = [one for one in some if one[1] is None or one[0] not in erased]
+                await self._change(audience, some, at_ms, tag_of(why))
+        await self._cache.run(("EVAL", _RAISE, 1, self.journal(audience).known_key, "updated_ms", at_ms))
+        await self._keep(audience)
+
+    async def _change(self, audience: str, changes: Sequence[tuple[str, int | None]], at_ms: int, reason: str) -> None:
+        """Let each visitor enter since a moment, or leave where that is None."""
+        journal, scripts, shards = self.journal(audience), list[Command](), list[int]()
+        for shard, visitors in by_shard([visitor_id for visitor_id, _ in changes]).items():
+            keys = self._key(audience, shard), *journal.outbox(shard)
+            for piece in slices(visitors, MOST_OF_SCRIPT):
+                told = [(tag, changes[place][1]) for place, tag in piece]
+                entered = [part for tag, since_ms in told if since_ms is not None for part in (tag, str(since_ms))]
+                blobs = map(msgspec.msgpack.encode, (entered, [tag for tag, since_ms in told if since_ms is None]))
+                shards.append(shard)
+                scripts.append(("EVAL", _CHANGE, 3, *keys, at_ms, reason, self._cache.retention_ms, *blobs))
+        lengths = await self._cache.run(*scripts)
+        await journal.drain({shard for shard, length in zip(shards, lengths, strict=True) if length})
 
     async def changes(self, audience: str, since: str, n: int) -> Page[Change]:
         """Up to n changes after the cursor `since`, from the first that is kept if it is empty; see `Journal.read`.
@@ -229,17 +229,22 @@ class Members:
     async def names(self) -> list[Audience]:
         """Every audience, by name."""
         (names,) = await self._cache.run(("SMEMBERS", self._names_key))
-        return [await self._audience(name) for name in sorted(name.decode("ascii") for name in names)]
+        found = [await self._audience(name) for name in sorted(name.decode("ascii") for name in names)]
+        gone = [one.name for one in found if not (one.size or one.updated_ms or one.described_ms)]
+        if gone:
+            await self._cache.run(("SREM", self._names_key, *gone))
+        return [one for one in found if one.name not in gone]
 
     async def find(self, audience: str) -> Audience | None:
         """One audience, None if there is none of this name."""
         if not _is_name(audience):
             return None
         (is_known,) = await self._cache.run(("SISMEMBER", self._names_key, audience))
-        return await self._audience(audience) if is_known else None
+        found = await self._audience(audience) if is_known else None
+        return found if found and (found.size or found.updated_ms or found.described_ms) else None
 
     async def describe(self, audience: str, definition_json: str, at_ms: int) -> None:
-        """Say what an audience is; as long as this is said now and then, the audience is kept.
+        """Say what an audience is. It is kept for the retention after this was said last, or something changed.
 
         Raises TooManyAudiences beyond MOST_AUDIENCES.
         """
@@ -249,6 +254,7 @@ class Members:
             ("HSET", known, "definition", definition_json),
             ("EVAL", _RAISE, 1, known, "described_ms", at_ms),
         )
+        await self._keep(audience)
 
     async def drop(self, audience: str) -> None:
         """Forget an audience with its members and changes. Cut off, it is ended by another call."""
@@ -266,10 +272,17 @@ class Members:
                 tag = tag_of(visitor_id)
                 shard = shard_of(tag)
                 keys = self._key(name, shard), *journal.outbox(shard)
-                dropped += sum(await self._cache.run(("EVAL", _FORGET, 3, *keys, ERASED, tag, key_of(visitor_id))))
+                told = ERASED, tag, key_of(visitor_id), self._cache.retention_ms
+                dropped += sum(await self._cache.run(("EVAL", _FORGET, 3, *keys, *told)))
                 await journal.drain([shard])
                 dropped += await journal.scrub(tag)
         return dropped
+
+    async def _keep(self, audience: str) -> None:
+        """Let all of an audience live for the retention from now on."""
+        sets = [self._key(audience, shard) for shard in range(SHARDS)]
+        keys = [self._names_key, *sets, *self.journal(audience).all_keys()]
+        await self._cache.run(*(("PEXPIRE", key, self._cache.retention_ms) for key in keys))
 
     async def _register(self, audience: str) -> None:
         """Have an audience be in the list."""

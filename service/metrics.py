@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections.abc import Mapping
 from functools import cache
 from typing import Final
 
@@ -119,6 +120,29 @@ SCORE_LOG: Final = Counter(
 )
 for _outcome in ("written", "dropped"):
     SCORE_LOG.labels(_outcome)
+LIVE_SCORES: Final = Counter(
+    "propensity_live_scores_total", "Scores for the propensity database: written, or dropped.", ["outcome"]
+)
+for _outcome in ("written", "dropped"):
+    LIVE_SCORES.labels(_outcome)
+RANKED_VISITORS: Final = Gauge(
+    "propensity_ranked_visitors",
+    "Visitors of whom the propensity database has a score, as counted once a minute.",
+    ["model"],
+    multiprocess_mode="livemostrecent",
+)
+AUDIENCE_MEMBERS: Final = Gauge(
+    "propensity_audience_members",
+    "Members of an audience, as counted once a minute.",
+    ["audience"],
+    multiprocess_mode="livemostrecent",
+)
+AUDIENCE_DESCRIBED: Final = Gauge(
+    "propensity_audience_described_timestamp_seconds",
+    "When an audience was refreshed last, whether its members changed or not.",
+    ["audience"],
+    multiprocess_mode="livemostrecent",
+)
 WORKER_RESTARTS: Final = Counter("propensity_worker_restarts_total", "Workers that ended unasked and were replaced.")
 EVENTS: Final = Counter("propensity_events_total", "Events received: accepted, ignored, or refused.", ["outcome"])
 for _outcome in ("accepted", "ignored", "refused"):
@@ -323,6 +347,12 @@ def events_by_kind(kind: str) -> Held:
 
 
 @cache
+def live_scores(outcome: str) -> Held:
+    """For scores that were written to the propensity database, or dropped."""
+    return Held(LIVE_SCORES.labels(outcome))
+
+
+@cache
 def score_log(outcome: str) -> Counter:
     """The counter of served scores that were written to the stream, or dropped."""
     return SCORE_LOG.labels(outcome)
@@ -351,6 +381,25 @@ def set_model(bundle: Bundle, load_s: float) -> None:
         MODEL_CREATED.labels(*labels).set(created.timestamp())
     for segment, share in bundle.segment_shares.items():
         REFERENCE_SEGMENT_SHARE.labels(*labels, segment).set(share)
+
+
+def set_ranked(model: str, visitors: int) -> None:
+    """Say of how many visitors a model's score is kept."""
+    RANKED_VISITORS.labels(model).set(visitors)
+
+
+def set_audiences(known: Mapping[str, tuple[int, int]]) -> None:
+    """Say how many members each audience has, and when it was described last; those that are gone have none."""
+    for name in _AUDIENCES - known.keys():
+        # A series cannot be taken out of the files of several processes.
+        AUDIENCE_MEMBERS.labels(name).set(0)
+    for name, (size, described_ms) in known.items():
+        AUDIENCE_MEMBERS.labels(name).set(size)
+        AUDIENCE_DESCRIBED.labels(name).set(described_ms / 1000)
+    _AUDIENCES.update(known)
+
+
+_AUDIENCES: Final = set[str]()
 
 
 def set_breaker_state(state: str) -> None:

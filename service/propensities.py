@@ -23,6 +23,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from service.erasures import Erasures
 from service.journal import EMIT, Journal
 from service.servers import Command
 from service.shards import MOST_OF_SCRIPT, SHARDS, Cache, Cursor, Page, by_shard, slices, tag_of, text_of
@@ -127,7 +128,7 @@ end
 if #changed > 0 then redis.call('HSET', KEYS[1], unpack(changed)) end
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
 redis.call('PEXPIRE', KEYS[2], ARGV[2])
-emit(KEYS[3], KEYS[4], lines)
+emit(KEYS[3], KEYS[4], lines, ARGV[2])
 return #lines
 """
 )
@@ -177,6 +178,7 @@ class Propensities:
 
     def __init__(self, cache: Cache, *, kept_moves: int = MOST_KEPT_MOVES) -> None:
         self._cache, self._kept_moves = cache, kept_moves
+        self._erasures = Erasures(cache)
 
     # --- scores ---
 
@@ -186,15 +188,20 @@ class Propensities:
         """Keep the scores of visitors; one that is known from a later moment stays.
 
         propensity: [n] in [0, 1]; at_ms: when they hold, for all or for each. Moments are told apart by quarter-hours;
-        within one the last put wins. Doing it twice changes nothing. Raises ValueError for what is no probability.
+        within one the last put wins. Doing it twice changes nothing. Who was erased and has not come back is left out.
+        Raises ValueError for what is no probability.
         """
         packed = pack(propensity, at_ms).tolist()
         if not ids:
             return
         latest = int(np.max(at_ms))
         for first in range(0, len(ids), _SEND):
-            parts = by_shard(ids[first : first + _SEND])
-            await self._cache.run(*self._puts(model, parts, packed[first : first + _SEND]))
+            some = ids[first : first + _SEND]
+            async with self._erasures.writing(some, self.forget) as erased:
+                parts = by_shard(some)
+                if erased:
+                    parts = {at: [one for one in of if some[one[0]] not in erased] for at, of in parts.items()}
+                await self._cache.run(*self._puts(model, parts, packed[first : first + _SEND]))
         versions = f"{self._cache.namespace}:p:v:{{{model}}}"
         await self._cache.run(
             *(("HSET", versions, version, latest), ("PEXPIRE", versions, self._cache.retention_ms)),
@@ -351,26 +358,25 @@ class Propensities:
         """Put visitors into segments, by id; who is in it already, or came into one after `at_ms`, stays.
 
         Each change is one step together with its line in the journal, so a call that was cut off is ended by another.
+        Who was erased and has not come back is left out.
         """
-        journal = self.journal(model)
         models, life_ms = self._models_key, self._cache.retention_ms
         await self._cache.run(("SADD", models, model), ("PEXPIRE", models, life_ms))
         for names in slices(list(moves), _SEND):
-            parts = [
-                (shard, piece) for shard, all_ in by_shard(names).items() for piece in slices(all_, MOST_OF_SCRIPT)
-            ]
-            words: list[Command] = [
-                (
-                    *("EVAL", _MOVE, 4, *self._keys(model, shard)[:0:-1], *journal.outbox(shard)),
-                    *(at_ms, self._cache.retention_ms),
-                    msgspec.msgpack.encode(
-                        [word for place, tag in piece for word in (tag, tag_of(moves[names[place]]))]
-                    ),
-                )
-                for shard, piece in parts
-            ]
-            await self._cache.run(*words)
-            await journal.drain({shard for shard, _ in parts})
+            async with self._erasures.writing(names, self.forget) as erased:
+                staying = [name for name in names if name not in erased] if erased else names
+                await self._move(model, staying, moves, at_ms)
+
+    async def _move(self, model: str, names: Sequence[str], moves: Mapping[str, str], at_ms: int) -> None:
+        journal, scripts, shards = self.journal(model), list[Command](), set[int]()
+        for shard, visitors in by_shard(names).items():
+            keys = *self._segment_keys(model, shard), *journal.outbox(shard)
+            shards.add(shard)
+            for piece in slices(visitors, MOST_OF_SCRIPT):
+                blob = msgspec.msgpack.encode([part for at, tag in piece for part in (tag, tag_of(moves[names[at]]))])
+                scripts.append(("EVAL", _MOVE, 4, *keys, at_ms, self._cache.retention_ms, blob))
+        await self._cache.run(*scripts)
+        await journal.drain(shards)
 
     async def moves(self, model: str, since: str, n: int) -> Page[Move]:
         """Up to n moves after the cursor `since`, from the first that is kept if it is empty; see `Journal.read`."""
@@ -424,6 +430,10 @@ class Propensities:
     @property
     def _models_key(self) -> str:
         return f"{self._cache.namespace}:p:models"
+
+    def _segment_keys(self, model: str, shard: int) -> tuple[str, str]:
+        _, ids, segments = self._keys(model, shard)
+        return segments, ids
 
     def _keys(self, model: str, shard: int) -> tuple[str, str, str]:
         """The keys of ranks, ids and segments."""

@@ -15,6 +15,7 @@ from typing import Final
 
 from service import metrics, scoring, tracing
 from service.breaker import Breaker, State
+from service.core.bundle import Bundle
 from service.errors import Overloaded, ServiceError
 from service.history import History, unfold
 from service.models import Models
@@ -35,6 +36,7 @@ _TICK_S: Final = 0.001
 
 Outcome = Score | ScoreFailure | Exception
 Deliver = Callable[[Outcome, Timing], None]
+Keep = Callable[[Bundle, Batch, Sequence[Score | ScoreFailure]], None]
 
 
 class Waiting:
@@ -77,12 +79,14 @@ class Scorer:
     model; what arrives while a group is being read goes next, together. A group is no larger than what is scored in a
     few milliseconds, and who could not be answered in time is refused at once. A read that hangs holds up nobody: the
     next group leaves after PATIENCE_S, each request is answered at its deadline, and the breaker ends the asking.
+    `keep` is given what a model has scored.
     """
 
     def __init__(
         self,
         store: Store,
         models: Models,
+        keep: Keep | None = None,
         *,
         deadline_ms: float,
         max_deadline_ms: float = 1000,
@@ -91,7 +95,7 @@ class Scorer:
         breaker_pause_ms: float = 1000,
         now_ms: Callable[[], int] = unix_ms,
     ) -> None:
-        self._store, self._models, self._now_ms = store, models, now_ms
+        self._store, self._models, self._keep, self._now_ms = store, models, keep, now_ms
         self._deadline_s, self._max_deadline_s = deadline_ms / 1000, max_deadline_ms / 1000
         self._queue_length, self._pause_s = queue_length, breaker_pause_ms / 1000
         self._queue: deque[Waiting] = deque()
@@ -325,7 +329,10 @@ class Scorer:
             return Scored([ScoreFailure(request.visitor_id, error) for request in batch.requests])
         if bundle is None:
             return scoring.score_by_rule(name, batch)
-        return scoring.score_by_model(bundle, batch, self._models.populations[bundle.name])
+        scored = scoring.score_by_model(bundle, batch, self._models.populations[bundle.name])
+        if self._keep is not None:
+            self._keep(bundle, batch, scored.answers)
+        return scored
 
     def _deliver(self, one: Waiting, outcome: Outcome, timing: Timing) -> None:
         self._waiting -= one.is_queued

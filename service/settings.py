@@ -124,6 +124,17 @@ class Settings(BaseSettings):
     score_log_buffer: Positive = Field(
         10_000, description="Served scores a worker holds until they are in the stream; beyond them they are dropped."
     )
+    live_scores_buffer: int = Field(
+        20_000,
+        ge=0,
+        description="Visitors whose latest score a worker holds until it is in the propensity database; beyond them "
+        "scores are dropped. 0 where only batch scores belong there.",
+    )
+    kept_changes: Positive = Field(
+        200_000,
+        description="Changes of each audience, and moves between segments of each model, that are kept for who follows "
+        "them; more for followers that are away for longer, at 50 bytes each and the id.",
+    )
     retention_slack_days: int = Field(
         7,
         ge=0,

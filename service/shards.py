@@ -46,6 +46,9 @@ class Cache(Protocol):
     def is_cluster(self) -> bool:
         """Whether one command may only name keys of one slot."""
 
+    def keys(self, visitor_id: str) -> tuple[str, ...]:
+        """The keys of what is known of one visitor alone."""
+
     async def run(self, *commands: Command) -> list[Any]:
         """The reply to each command. Raises StoreError where a server is lost or refuses one."""
 

@@ -8,6 +8,9 @@ Keys, all beginning with the namespace NS:
   after the last write to either.
 - `NS:scores` a stream of served scores, for whoever consumes them.
 - `NS:quarantine` a stream of refused events with their reason, which expires likewise.
+- `NS:p:*` and `NS:s:*` scores and segments by model, see `service.propensities`.
+- `NS:a:*` members of audiences, see `service.members`.
+- `NS:erased` who was erased, see `service.erasures`.
 
 Appending needs no lock and no reading: records may come in any order and more than once, the kernel drops doubles.
 """
@@ -32,6 +35,7 @@ from redis.exceptions import AskError, MovedError, RedisError, ResponseError
 
 from service import history, location, servers
 from service.core.events import RECORD_BYTES
+from service.erasures import Erasures
 from service.errors import StoreError
 from service.history import MOST_EVENTS as MOST_EVENTS
 from service.history import History as History
@@ -298,6 +302,7 @@ class Store:
         deleted = sum(await self._run(*(("DEL", key) for key in self.keys(visitor_id))))
         deleted += await self._erase_quarantined(visitor_id)
         deleted += await self._erase_scores(visitor_id)
+        await Erasures(self).note(visitor_id)
         deleted += await Propensities(self).forget([visitor_id])
         deleted += await Members(self).forget([visitor_id])
         return bool(deleted)

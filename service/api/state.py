@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated, TypedDict, cast
 from fastapi import Depends, Request
 
 from service.lifecycle import Lifecycle
+from service.members import Members
 from service.models import Models
+from service.propensities import Propensities
 from service.score_log import ScoreLog
 from service.scorer import Scorer
 from service.settings import Settings
@@ -26,6 +28,8 @@ class State(TypedDict):
     store: Store
     scorer: Scorer
     score_log: ScoreLog
+    propensities: Propensities
+    members: Members
     lane: ExpressLane
     tracing: Tracing | None
     lifecycle: Lifecycle
@@ -57,6 +61,14 @@ async def _score_log(request: Request) -> ScoreLog:
     return state_of(request)["score_log"]
 
 
+async def _propensities(request: Request) -> Propensities:
+    return state_of(request)["propensities"]
+
+
+async def _members(request: Request) -> Members:
+    return state_of(request)["members"]
+
+
 async def _lifecycle(request: Request) -> Lifecycle:
     return state_of(request)["lifecycle"]
 
@@ -66,4 +78,6 @@ CurrentModels = Annotated[Models, Depends(_models)]
 CurrentStore = Annotated[Store, Depends(_store)]
 CurrentScorer = Annotated[Scorer, Depends(_scorer)]
 CurrentScoreLog = Annotated[ScoreLog, Depends(_score_log)]
+CurrentPropensities = Annotated[Propensities, Depends(_propensities)]
+CurrentMembers = Annotated[Members, Depends(_members)]
 CurrentLifecycle = Annotated[Lifecycle, Depends(_lifecycle)]

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import uuid
 from collections.abc import AsyncIterator
+from typing import Any, cast
 
 import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
+from service.core import events
+from service.erasures import key_of
 from service.errors import CursorGone, InvalidCursor
-from service.members import ERASED, Change, Member, Members, key_of
-from service.store import Store
+from service.members import ERASED, Change, Member, Members
+from service.servers import Command
+from service.store import History, Store
+from tests.conftest import RedisServer
 
 pytestmark = pytest.mark.anyio
 
@@ -122,3 +132,124 @@ async def test_audiences_are_listed_with_what_is_known_of_them(store: Store) -> 
     assert [one.name for one in await members.names()] == ["other"]
     assert await members_of(members, "best") == {}
     assert await changes_of(members, "best") == []
+
+
+async def test_who_was_erased_does_not_enter_again_before_coming_back(store: Store) -> None:
+    members = Members(store)
+    await store.append({"gone": History(events.pack(NOW_MS, 1, 1, 1, 1.0)), "stays": History()}, NOW_MS)
+    await members.change("best", {"gone": 1, "stays": 2}, [], NOW_MS, "score")
+    await store.erase("gone")
+    await members.change("best", {"gone": 1, "stays": 2}, [], NOW_MS, "score")
+    assert await members_of(members, "best") == {"stays": 2}
+    await store.append({"gone": History(events.pack(NOW_MS + 1, 1, 1, 1, 1.0))}, NOW_MS + 1)
+    await members.change("best", {"gone": 3}, [], NOW_MS, "score")
+    assert await members_of(members, "best") == {"stays": 2, "gone": 3}
+
+
+class CutOff(Exception):
+    """The process was killed here."""
+
+
+class Cut:
+    """A feature cache that fails after so many round trips, as if the caller had been killed."""
+
+    def __init__(self, store: Store, trips: int) -> None:
+        self._store, self.left = store, trips
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    async def run(self, *commands: Command) -> list[Any]:
+        self.left -= 1
+        if self.left < 0:
+            raise CutOff
+        # Half of what is sent in one go arrives, too.
+        if self.left == 0:
+            await self._store.run(*commands[: len(commands) // 2 + 1])
+            raise CutOff
+        return await self._store.run(*commands)
+
+
+@pytest.mark.parametrize("trips", range(1, 16))
+async def test_a_change_that_was_cut_off_and_made_again_ends_as_one_that_was_not(
+    redis_server: RedisServer, trips: int
+) -> None:
+    store = Store.open(redis_server.url, namespace=f"test-{uuid.uuid4().hex[:12]}", retention_ms=90 * DAY_MS)
+    before = {f"v{place}": place for place in range(300)}
+    entered = {f"v{place}": place for place in range(200, 900)}
+    left = [f"v{place}" for place in range(150)]
+    members = Members(store)
+    await members.change("best", before, [], NOW_MS, "before")
+    with contextlib.suppress(CutOff):
+        await Members(cast(Store, Cut(store, trips))).change("best", entered, left, NOW_MS + 1, "score")
+    await members.change("best", entered, left, NOW_MS + 1, "score")
+    assert await members_of(members, "best", 100) == {
+        name: ms for name, ms in {**entered, **before}.items() if name not in left
+    }
+    told = [(one.visitor_id, one.entered) for one in await changes_of(members, "best", n=500)]
+    assert sorted(told[:300]) == sorted((name, True) for name in before)
+    assert sorted(told[300:]) == sorted(
+        [(name, True) for name in entered if name not in before] + [(name, False) for name in left]
+    )
+    await store.close()
+
+
+async def test_two_that_change_and_drain_at_once_lose_and_double_nothing(redis_server: RedisServer) -> None:
+    store = Store.open(redis_server.url, namespace=f"test-{uuid.uuid4().hex[:12]}", retention_ms=90 * DAY_MS)
+    members = Members(store)
+    names = [f"v{place}" for place in range(400)]
+
+    async def enter_and_leave(some: list[str]) -> None:
+        for at_ms in range(NOW_MS, NOW_MS + 6):
+            await members.change("best", dict.fromkeys(some, at_ms) if at_ms % 2 == 0 else {}, some, at_ms, "score")
+
+    await asyncio.gather(
+        *(enter_and_leave(names[first::4]) for first in range(4)), *(members.journal("best").drain() for _ in range(20))
+    )
+    state: dict[str, bool] = {}
+    told = await changes_of(members, "best", n=1000)
+    for one in told:
+        assert state.get(one.visitor_id, False) != one.entered
+        state[one.visitor_id] = one.entered
+    assert not any(state.values())
+    assert set(state) == set(names)
+    assert await members.size("best") == 0
+    await store.close()
+
+
+actions = st.one_of(
+    st.tuples(st.just("enter"), st.sampled_from(STRANGE[:6]), st.integers(1, 99)),
+    st.tuples(st.just("leave"), st.sampled_from(STRANGE[:6]), st.just(0)),
+    st.tuples(st.just("erase"), st.sampled_from(STRANGE[:6]), st.just(0)),
+)
+
+
+@given(st.lists(st.tuples(actions, st.integers(1, 3)), max_size=12))
+@hypothesis_settings(
+    max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_whatever_happens_members_are_those_of_a_dictionary_and_changes_lead_there(
+    redis_server: RedisServer, steps: list[tuple[tuple[str, str, int], int]]
+) -> None:
+    async def run() -> None:
+        store = Store.open(redis_server.url, namespace=f"test-{uuid.uuid4().hex[:12]}", retention_ms=90 * DAY_MS)
+        members, wanted = Members(store), dict[str, int]()
+        for (what, visitor_id, since_ms), times in steps:
+            for _ in range(times):
+                if what == "erase":
+                    await members.forget([visitor_id])
+                else:
+                    entered = {visitor_id: since_ms} if what == "enter" else {}
+                    await members.change("best", entered, [] if entered else [visitor_id], NOW_MS, what)
+            if what == "enter":
+                wanted.setdefault(visitor_id, since_ms)
+            else:
+                wanted.pop(visitor_id, None)
+        assert await members_of(members, "best", 2) == wanted
+        followed: set[str] = set()
+        for one in await changes_of(members, "best", n=2):
+            (followed.add if one.entered else followed.discard)(one.visitor_id)
+        assert followed == set(wanted)
+        await store.close()
+
+    asyncio.run(run())
