@@ -20,7 +20,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
 from service import embedded, errors, location, logs, metrics, models, port, supervisor, tracing
-from service.api import events, health, inference, scores, visitors
+from service.api import audiences, events, health, inference, ranking, scores, visitors
 from service.api import models as models_api
 from service.api.admission import Admission
 from service.api.express import ExpressLane
@@ -69,7 +69,7 @@ def create_app(settings: Settings, lifecycle: Lifecycle | None = None, traces: T
         # Ours are in `service.tracing`: these have paths, and with them ids of visitors, in their spans.
         telemetry={"tracing": False, "metrics": False, "logs": False, "operation_spans": False},
     )
-    for noun in (scores, events, visitors, models_api, inference, health):
+    for noun in (scores, events, visitors, audiences, models_api, ranking, inference, health):
         app.include_router(noun.router)
     app.add_middleware(Admission, most=settings.in_flight)
     app.add_middleware(RequestTimer)

@@ -21,7 +21,19 @@ from service.core.errors import PropensityError
 from service.erasures import Erasures, key_of
 from service.journal import EMIT, Journal
 from service.servers import Command
-from service.shards import MOST_OF_SCRIPT, SHARDS, Cache, Cursor, Page, by_shard, shard_of, slices, tag_of, text_of
+from service.shards import (
+    MOST_OF_SCRIPT,
+    SHARDS,
+    Cache,
+    Cursor,
+    Page,
+    by_shard,
+    shard_of,
+    slices,
+    tag_of,
+    text_of,
+    total,
+)
 
 # Each has 64 sets, and series of its own in the metrics.
 MOST_AUDIENCES: Final = 500
@@ -157,7 +169,7 @@ class Members:
 
     async def size(self, audience: str) -> int:
         """How many members there are."""
-        return sum(await self._cache.run(*(("ZCARD", self._key(audience, shard)) for shard in range(SHARDS))))
+        return await total(self._cache, [self._key(audience, shard) for shard in range(SHARDS)], "ZCARD")
 
     async def has(self, audience: str, ids: Sequence[str]) -> list[int]:
         """Since when each visitor is a member, in milliseconds since 1970; 0 for who is none."""

@@ -26,7 +26,7 @@ import numpy.typing as npt
 from service.erasures import Erasures
 from service.journal import EMIT, Journal
 from service.servers import Command
-from service.shards import MOST_OF_SCRIPT, SHARDS, Cache, Cursor, Page, by_shard, slices, tag_of, text_of
+from service.shards import MOST_OF_SCRIPT, SHARDS, Cache, Cursor, Page, by_shard, slices, tag_of, text_of, total
 
 MOMENTS: Final = 2**23
 MOMENT_MS: Final = 15 * 60_000
@@ -296,8 +296,7 @@ class Propensities:
     async def count(self, model: str, low: float = 0.0, high: float = math.inf) -> int:
         """How many visitors have a score s with low <= s < high."""
         least, beyond = _least(low), _least(high)
-        words = [("ZCOUNT", self._keys(model, shard)[0], least, f"({beyond}") for shard in range(SHARDS)]
-        return sum(await self._cache.run(*words))
+        return await total(self._cache, self._ranks(model), "ZCOUNT", least, f"({beyond}")
 
     async def percentile(self, model: str, p: float) -> float | None:
         """The lowest kept score that at least p percent of the visitors do not exceed; None without any.
@@ -313,8 +312,7 @@ class Propensities:
         while low < high:
             middle = (low + high) // 2
             beyond = f"({(middle + 1) * MOMENTS}"
-            words = [("ZCOUNT", self._keys(model, shard)[0], "-inf", beyond) for shard in range(SHARDS)]
-            if sum(await self._cache.run(*words)) >= rank:
+            if await total(self._cache, self._ranks(model), "ZCOUNT", "-inf", beyond) >= rank:
                 high = middle
             else:
                 low = middle + 1
@@ -430,6 +428,9 @@ class Propensities:
     @property
     def _models_key(self) -> str:
         return f"{self._cache.namespace}:p:models"
+
+    def _ranks(self, model: str) -> list[str]:
+        return [self._keys(model, shard)[0] for shard in range(SHARDS)]
 
     def _segment_keys(self, model: str, shard: int) -> tuple[str, str]:
         _, ids, segments = self._keys(model, shard)

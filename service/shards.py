@@ -20,7 +20,17 @@ SHARDS: Final = 64
 # Visitors that one script handles: it takes half a millisecond, in which nothing else is asked of the server.
 MOST_OF_SCRIPT: Final = 200
 
+# The sum of what a command answers for each key.
+_TOTAL: Final = """
+local total = 0
+for _, key in ipairs(KEYS) do total = total + redis.call(ARGV[1], key, unpack(ARGV, 2)) end
+return total
+"""
+
 T = TypeVar("T")
+CURSOR: Final = r"^([0-9]|[1-5][0-9]|6[0-3])\.[A-Za-z0-9_.~%-]*$"
+
+_is_cursor: Final = re.compile(CURSOR.removeprefix("^").removesuffix("$")).fullmatch
 _plain: Final = re.compile(r"[A-Za-z0-9_.~-]+").fullmatch
 
 
@@ -83,6 +93,12 @@ def slices(items: Sequence[T], most: int) -> Iterator[Sequence[T]]:
     return (items[first : first + most] for first in range(0, len(items), most))
 
 
+async def total(cache: Cache, keys: Sequence[str], command: str, *words: str | int) -> int:
+    """The sum over all keys of what `command KEY WORDS` answers; on one server by one script."""
+    parts = [[key] for key in keys] if cache.is_cluster else [keys]
+    return sum(await cache.run(*(("EVAL", _TOTAL, len(part), *part, command, *words) for part in parts)))
+
+
 class Cursor:
     """Where a walk over all shards goes on: after a tag of a shard. Written as `SHARD.TAG`, empty at the start."""
 
@@ -96,10 +112,9 @@ class Cursor:
         """The cursor that `str` wrote. Raises InvalidCursor for any other text."""
         if not text:
             return cls()
-        shard, dot, tag = text.partition(".")
-        known = shard.isascii() and shard.isdigit() and len(shard) < 3 and int(shard) < SHARDS
-        if not (dot and known) or (tag and tag_of(text_of(tag)) != tag):
+        if not _is_cursor(text):
             raise InvalidCursor("`cursor` is not that of a page; take the last page's, or leave it out to begin anew")
+        shard, _, tag = text.partition(".")
         return cls(int(shard), tag)
 
     def __str__(self) -> str:
