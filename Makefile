@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-dev run test lint format examples load bench bench-features bench-ingest bench-memory bench-training bench-tracing drift-proof rules faults fresh-run lock image dashboards observe traffic preview clean system again
+.PHONY: help setup setup-dev run test lint format examples load bench bench-features bench-ingest bench-memory bench-members bench-training bench-tracing drift-proof rules faults fresh-run lock image dashboards observe traffic preview clean system again
 
 BIN := .venv/bin
 PORT ?= 8000
@@ -78,6 +78,10 @@ bench-ingest: .venv/.ready-dev ## Measure how many events a second a core takes
 
 bench-memory: .venv/.ready-dev ## Measure the memory of a million visitors, before and after compaction
 	@$(BIN)/python -m loadtest.bench_memory
+
+bench-members: .venv/.ready-dev ## Page through a million members while scores change; measure time and memory of the propensity database
+	@$(MAKE) --no-print-directory system PROGRAMS=redis-server
+	@$(BIN)/python -m loadtest.bench_members
 
 bench-training: .venv/.ready-dev ## Measure time and memory of simulating and of training on 1 and 20 million events
 	@$(BIN)/python -m loadtest.bench_training

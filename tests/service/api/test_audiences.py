@@ -8,15 +8,15 @@ import json
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, TypeVar
 
-import httpx2
 import pytest
 from fastapi.testclient import TestClient
 
+from service.app import create_app
 from service.erasures import key_of
 from service.members import Members
 from service.settings import Settings
 from service.store import Store
-from tests.conftest import DAY_MS, RedisServer, ServiceProcess, StartService
+from tests.conftest import DAY_MS, MakeSettings, RedisServer
 
 NOW_MS = 1_767_225_600_000
 T = TypeVar("T")
@@ -124,49 +124,41 @@ def test_changes_are_followed_and_an_erased_visitor_is_only_a_key(
     assert "read all members anew" in gone.json()["detail"]
 
 
-@pytest.mark.parametrize(
-    ("path", "status", "kind"),
-    [
-        ("/v1/audiences/none", 404, "unknown-audience"),
-        ("/v1/audiences/no%20name", 404, "unknown-audience"),
-        ("/v1/audiences/none/members", 404, "unknown-audience"),
-        ("/v1/audiences/none/changes", 404, "unknown-audience"),
-        ("/v1/audiences/best/members?limit=0", 422, "invalid-request"),
-        ("/v1/audiences/best/members?limit=10001", 422, "invalid-request"),
-        ("/v1/audiences/best/members?format=xml", 422, "invalid-request"),
-        ("/v1/audiences/best/members?cursor=64.a", 422, "invalid-cursor"),
-        ("/v1/audiences/best/members?cursor=1.a%20", 422, "invalid-cursor"),
-        ("/v1/audiences/best/members?format=csv&cursor=x", 422, "invalid-cursor"),
-        ("/v1/audiences/best/changes?since=x", 422, "invalid-cursor"),
-        ("/v1/audiences/best/changes?since=9999999999999999", 422, "invalid-cursor"),
-        ("/v1/models/none/top", 404, "unknown-model"),
-        ("/v1/models/shop/visitors?cursor=x", 422, "invalid-cursor"),
-        ("/v1/models/shop/visitors?above=2", 422, "invalid-request"),
-    ],
-)
-def test_wrong_questions_get_a_problem(
-    client: TestClient, best: dict[str, int], path: str, status: int, kind: str
-) -> None:
-    response = client.get(path)
-    assert response.status_code == status
-    assert response.headers["content-type"] == "application/problem+json"
-    assert response.json()["type"] == f"urn:propensity:problem:{kind}"
-    assert response.json()["detail"]
+WRONG = [
+    ("/v1/audiences/none", 404, "unknown-audience"),
+    ("/v1/audiences/no%20name", 404, "unknown-audience"),
+    ("/v1/audiences/none/members", 404, "unknown-audience"),
+    ("/v1/audiences/none/changes", 404, "unknown-audience"),
+    ("/v1/audiences/best/members?limit=0", 422, "invalid-request"),
+    ("/v1/audiences/best/members?limit=10001", 422, "invalid-request"),
+    ("/v1/audiences/best/members?format=xml", 422, "invalid-request"),
+    ("/v1/audiences/best/members?cursor=64.a", 422, "invalid-cursor"),
+    ("/v1/audiences/best/members?cursor=1.a%20", 422, "invalid-cursor"),
+    ("/v1/audiences/best/members?format=csv&cursor=x", 422, "invalid-cursor"),
+    ("/v1/audiences/best/changes?since=x", 422, "invalid-cursor"),
+    ("/v1/audiences/best/changes?since=9999999999999999", 422, "invalid-cursor"),
+    ("/v1/models/none/top", 404, "unknown-model"),
+    ("/v1/models/shop/visitors?cursor=x", 422, "invalid-cursor"),
+    ("/v1/models/shop/visitors?above=2", 422, "invalid-request"),
+]
+
+
+def test_wrong_questions_get_a_problem(client: TestClient, best: dict[str, int]) -> None:
+    for path, status, kind in WRONG:
+        response = client.get(path)
+        assert response.status_code == status, path
+        assert response.headers["content-type"] == "application/problem+json"
+        assert response.json()["type"] == f"urn:propensity:problem:{kind}"
+        assert response.json()["detail"]
 
 
 def test_without_the_feature_cache_each_route_says_so(
-    own_redis_server: RedisServer, start_service: StartService, artifacts: str
+    own_redis_server: RedisServer, make_settings: MakeSettings
 ) -> None:
-    service: ServiceProcess = start_service(redis_url=own_redis_server.url, artifacts=artifacts)
-    service.wait_until_ready()
-    own_redis_server.kill()
-    for path in (
-        "audiences",
-        "audiences/a",
-        "audiences/a/members?format=csv",
-        "audiences/a/changes",
-        "models/shop/top",
-    ):
-        response = httpx2.get(f"{service.url}/v1/{path}")
-        assert response.status_code == 503, path
-        assert response.json()["type"] == "urn:propensity:problem:store-unavailable"
+    asked = ["audiences", "audiences/a", "audiences/a/members?format=csv", "audiences/a/changes"]
+    with TestClient(create_app(make_settings(redis_url=own_redis_server.url))) as client:
+        own_redis_server.kill()
+        for path in (*asked, "models/shop/top", "models/shop/visitors", "models/shop/spread"):
+            response = client.get(f"/v1/{path}")
+            assert response.status_code == 503, path
+            assert response.json()["type"] == "urn:propensity:problem:store-unavailable"
