@@ -13,6 +13,7 @@ from service.api.audiences import as_json
 from service.api.state import CurrentModels, CurrentPropensities
 from service.errors import answers
 from service.propensities import Scored
+from service.scoring import iso_8601
 from service.shards import CURSOR
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
@@ -50,7 +51,7 @@ class SpreadOut(BaseModel):
     visitors: int = Field(description="Of how many a score is kept.")
     above: int = Field(description="How many of them have at least the score that was asked for.")
     percentiles: dict[str, float] = Field(description="The lowest score that so many percent do not exceed.")
-    versions: dict[str, int] = Field(description="Versions that scored, and when each did last, ms since 1970.")
+    versions: dict[str, str] = Field(description="Versions that scored, and when each did so last.")
 
 
 @router.get(
@@ -111,7 +112,7 @@ async def spread(
             visitors=size,
             above=await propensities.count(name, above),
             percentiles={p: _rounded(level) for p, level in levels.items() if level is not None},
-            versions=await propensities.versions(name),
+            versions={version: iso_8601(at_ms) for version, at_ms in (await propensities.versions(name)).items()},
         )
 
 
