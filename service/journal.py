@@ -23,7 +23,7 @@ from service.shards import SHARDS, Cache
 CHUNK: Final = 128
 _PAGE: Final = 500
 # Chunks that are looked through at once for a visitor who is erased.
-_SCRUB: Final = 16
+_SCRUB: Final = 32
 
 # In a script that changes a shard: emit(outbox, counter, lines, how long they live).
 EMIT: Final = """

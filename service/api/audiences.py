@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Annotated, Any, Final, Literal
 
@@ -12,13 +13,16 @@ import msgspec
 from fastapi import APIRouter, Header, Path, Query
 from pydantic import BaseModel, Field
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Send
 
 from service import tracing
 from service.api.state import CurrentMembers
-from service.errors import UnknownAudience, answers
+from service.errors import StoreError, UnknownAudience, answers
 from service.members import ERASED, Audience, Change, Member, Members
 from service.scoring import iso_8601
 from service.shards import CURSOR
+
+logger = logging.getLogger(__name__)
 
 router = APIRouter(prefix="/v1/audiences", tags=["audiences"])
 
@@ -142,7 +146,7 @@ async def members_of(
     headers = {"Content-Disposition": f'attachment; filename="{name}.csv"'} if chosen == "csv" else None
     write = _csv if chosen == "csv" else _ndjson
     head = b"visitor_id,entered_at\r\n" if chosen == "csv" and not cursor else b""
-    return StreamingResponse(_stream(head, pages, write), media_type=_MEDIA[chosen], headers=headers)
+    return _Stream(_stream(head, pages, write), media_type=_MEDIA[chosen], headers=headers)
 
 
 @router.get(
@@ -173,6 +177,16 @@ async def changes_of(
     cursor = page.items[-1].cursor if page.items else since
     told = {"changes": [_change(one) for one in page.items], "cursor": cursor, "more": page.cursor is not None}
     return Response(as_json(told), media_type="application/json")
+
+
+class _Stream(StreamingResponse):
+    """A stream that lacks its end where the feature cache fails, so that no client takes it for whole."""
+
+    async def stream_response(self, send: Send) -> None:
+        try:
+            await super().stream_response(send)
+        except StoreError as error:
+            logger.warning("GET /v1/audiences/{name}/members: a stream ended early: %s", error)
 
 
 async def _find(members: Members, name: str) -> Audience:
