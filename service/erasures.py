@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 from service.servers import Command
-from service.shards import Cache, slices
+from service.shards import Cache, slices, tag_of, text_of
 
 _ASKED: Final = 1000
 
@@ -55,6 +55,19 @@ class Erasures:
         yield erased
         if await self._state() != before:
             late = await self._among(visitor_ids) - erased
+            if late:
+                await forget(sorted(late))
+
+    @asynccontextmanager
+    async def writing_tags(
+        self, tags: Sequence[str], forget: Callable[[Sequence[str]], Awaitable[object]]
+    ) -> AsyncIterator[Collection[str]]:
+        """The same for visitors by their tags; which visitors they are is asked only where somebody was erased."""
+        before = await self._state()
+        erased = await self._among(list(map(text_of, tags))) if before[0] else frozenset()
+        yield list(map(tag_of, erased))
+        if await self._state() != before:
+            late = await self._among(list(map(text_of, tags))) - erased
             if late:
                 await forget(sorted(late))
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from itertools import islice
 from typing import Final
 
 from service import metrics
@@ -18,13 +17,14 @@ from service.errors import StoreError
 from service.lifecycle import cancel
 from service.propensities import Propensities
 from service.scoring import Batch, Score, ScoreFailure
+from service.shards import SHARDS, shard_of, tag_of
 
-# Scores that are written at once: their commands take a millisecond to make, which is how long a request may wait.
-PIECE: Final = 250
-_PAUSE_S: Final = 0.25
-_PAUSE_AFTER_FAILURE_S: Final = 1.0
+# The longer, the more visitors share a round trip, and the fewer are written twice.
+_PAUSE_S: Final = 1.0
+# Shards that are written at once; while they are, a request waits for two milliseconds at most.
+_AT_ONCE: Final = 8
 
-_Held = dict[str, tuple[float, int]]
+_Shard = dict[str, tuple[float, int]]
 
 
 class LiveScores:
@@ -32,30 +32,30 @@ class LiveScores:
 
     def __init__(self, propensities: Propensities, *, buffer: int) -> None:
         self._propensities, self._buffer = propensities, buffer
-        self._held: dict[tuple[str, str], _Held] = {}
+        self._held: dict[tuple[str, str], list[_Shard]] = {}
+        self.held = 0  # of how many visitors
         self._some = asyncio.Event()
         self._writing = asyncio.create_task(self._write_on()) if buffer else None
-
-    @property
-    def held(self) -> int:
-        """Of how many visitors scores are held."""
-        return sum(map(len, self._held.values()))
 
     def add(self, bundle: Bundle, batch: Batch, answers: Sequence[Score | ScoreFailure]) -> None:
         """Take the scores of a batch."""
         if self._writing is None or batch.degraded:
             return
-        held = self._held.setdefault((bundle.name, bundle.version), {})
-        room, at_ms = self._buffer - self.held, batch.now_ms
+        model = bundle.name, bundle.version
+        shards = self._held.get(model) or self._held.setdefault(model, [{} for _ in range(SHARDS)])
+        at_ms = batch.now_ms
         for request, answer in zip(batch.requests, answers, strict=True):
             if type(answer) is not Score or answer.propensity is None or not answer.events or request.features:
                 continue
-            if room > 0 or answer.visitor_id in held:
-                room -= answer.visitor_id not in held
-                held[answer.visitor_id] = answer.propensity, at_ms
-            else:
-                metrics.live_scores("dropped").add(1)
-        if held:
+            tag = tag_of(answer.visitor_id)
+            held = shards[shard_of(tag)]
+            if tag not in held:
+                if self.held >= self._buffer:
+                    metrics.live_scores("dropped").add(1)
+                    continue
+                self.held += 1
+            held[tag] = answer.propensity, at_ms
+        if self.held:
             self._some.set()
 
     async def close(self) -> None:
@@ -69,26 +69,29 @@ class LiveScores:
         while True:
             await self._some.wait()
             await asyncio.sleep(_PAUSE_S)
-            if not await self._write():
-                await asyncio.sleep(_PAUSE_AFTER_FAILURE_S)
+            await self._write()
 
     async def _write(self) -> bool:
-        """Write what is held by now, piece by piece; what could not be written stays."""
+        """Write what is held by now, some shards at a time; what could not be written stays."""
         self._some.clear()
-        for (model, version), held in list(self._held.items()):
-            for _ in range(-(-len(held) // PIECE)):
-                piece = list(islice(held.items(), PIECE))
-                scores = [score for _, (score, _) in piece]
-                moments = [at_ms for _, (_, at_ms) in piece]
+        for (model, version), shards in list(self._held.items()):
+            for first in range(0, SHARDS, _AT_ONCE):
+                part = [dict(held) if first <= shard < first + _AT_ONCE else {} for shard, held in enumerate(shards)]
                 try:
-                    await self._propensities.put(model, version, [name for name, _ in piece], scores, moments)
+                    await self._propensities.put_live(model, version, part)
                 except StoreError:
                     self._some.set()
                     return False
-                for name, written in piece:
-                    if held[name] is written:
-                        del held[name]
-                metrics.live_scores("written").add(len(piece))
+                self._let_go(shards, part)
         if self.held:
             self._some.set()
         return True
+
+    def _let_go(self, shards: Sequence[_Shard], written: Sequence[_Shard]) -> None:
+        """Hold no longer what was written, but what has come since."""
+        for held, part in zip(shards, written, strict=True):
+            for tag, score in part.items():
+                if held[tag] is score:
+                    del held[tag]
+                    self.held -= 1
+        metrics.live_scores("written").add(sum(map(len, written)))

@@ -16,7 +16,7 @@ its own, and is there to let the later score win and to know whom to forget. See
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
 import msgspec
@@ -26,7 +26,19 @@ import numpy.typing as npt
 from service.erasures import Erasures
 from service.journal import EMIT, Journal
 from service.servers import Command
-from service.shards import MOST_OF_SCRIPT, SHARDS, Cache, Cursor, Page, by_shard, slices, tag_of, text_of, total
+from service.shards import (
+    MOST_OF_SCRIPT,
+    SHARDS,
+    Cache,
+    Cursor,
+    Page,
+    by_shard,
+    shard_of,
+    slices,
+    tag_of,
+    text_of,
+    total,
+)
 
 MOMENTS: Final = 2**23
 MOMENT_MS: Final = 15 * 60_000
@@ -38,28 +50,30 @@ _FEW: Final = 2_000
 # Visitors whose commands are made and sent together.
 _SEND: Final = 10_000
 
-# KEYS: ranks and ids of one shard or several. ARGV: how long they live, then for each shard [tag, packed, ...].
+_encode: Final = msgspec.msgpack.encode
+
+# KEYS: ranks and ids of one shard or several. ARGV: how long they live, then for each shard {tags, {packed, tag, ...}}.
 _PUT: Final = """
 for place = 1, #KEYS, 2 do
   local ranks, ids = KEYS[place], KEYS[place + 1]
-  local items = cmsgpack.unpack(ARGV[(place + 3) / 2])
-  local tags, changed, added = {}, {}, {}
-  for at = 1, #items, 2 do tags[#tags + 1] = items[at] end
-  local known = redis.call('ZMSCORE', ranks, unpack(tags))
-  for at, tag in ipairs(tags) do
-    local packed = items[2 * at]
-    local before = known[at]
+  local tags, scores = unpack(cmsgpack.unpack(ARGV[(place + 3) / 2]))
+  local added, stale = {}, {}
+  for at, before in ipairs(redis.call('ZMSCORE', ranks, unpack(tags))) do
     if not before then
       added[#added + 1] = 0
-      added[#added + 1] = tag
-    end
-    if not before or tonumber(before) % 8388608 <= packed % 8388608 then
-      changed[#changed + 1] = string.format('%.0f', packed)
-      changed[#changed + 1] = tag
+      added[#added + 1] = tags[at]
+    elseif tonumber(before) % 8388608 > tonumber(scores[2 * at - 1]) % 8388608 then
+      stale[#stale + 1] = at
     end
   end
-  if #changed > 0 then redis.call('ZADD', ranks, unpack(changed)) end
-  if #added > 0 then redis.call('ZADD', ids, unpack(added)) end
+  for at = #stale, 1, -1 do
+    table.remove(scores, 2 * stale[at])
+    table.remove(scores, 2 * stale[at] - 1)
+  end
+  if #scores > 0 then redis.call('ZADD', ranks, unpack(scores)) end
+  if #added > 0 then
+    redis.call('ZADD', ids, unpack(added))
+  end
   redis.call('PEXPIRE', ranks, ARGV[1])
   redis.call('PEXPIRE', ids, ARGV[1])
 end
@@ -194,37 +208,55 @@ class Propensities:
         packed = pack(propensity, at_ms).tolist()
         if not ids:
             return
-        latest = int(np.max(at_ms))
         for first in range(0, len(ids), _SEND):
             some = ids[first : first + _SEND]
             async with self._erasures.writing(some, self.forget) as erased:
-                parts = by_shard(some)
-                if erased:
-                    parts = {at: [one for one in of if some[one[0]] not in erased] for at, of in parts.items()}
-                await self._cache.run(*self._puts(model, parts, packed[first : first + _SEND]))
-        versions = f"{self._cache.namespace}:p:v:{{{model}}}"
+                parts = {
+                    shard: {tag: packed[first + at] for at, tag in visitors if some[at] not in erased}
+                    for shard, visitors in by_shard(some).items()
+                }
+                await self._cache.run(*self._puts(model, parts))
+        await self._note_version(model, version, int(np.max(at_ms)))
+
+    async def put_live(self, model: str, version: str, shards: Sequence[Mapping[str, tuple[float, int]]]) -> None:
+        """The same for scores and moments by tag, of each shard in turn, sent in small parts, so that others get turns.
+
+        Tags are those of `service.shards`.
+        """
+        tags = [tag for held in shards for tag in held]
+        if not tags:
+            return
+        parts = {shard: _packed(held) for shard, held in enumerate(shards) if held}
+        async with self._erasures.writing_tags(tags, self.forget) as erased:
+            for tag in erased:
+                parts[shard_of(tag)].pop(tag)
+            for command in self._puts(model, parts):
+                await self._cache.run(command)
+        await self._note_version(model, version, max(at_ms for held in shards for _, at_ms in held.values()))
+
+    async def _note_version(self, model: str, version: str, at_ms: int) -> None:
+        versions, life_ms = f"{self._cache.namespace}:p:v:{{{model}}}", self._cache.retention_ms
         await self._cache.run(
-            *(("HSET", versions, version, latest), ("PEXPIRE", versions, self._cache.retention_ms)),
-            *(("SADD", self._models_key, model), ("PEXPIRE", self._models_key, self._cache.retention_ms)),
+            *(("HSET", versions, version, at_ms), ("PEXPIRE", versions, life_ms)),
+            *(("SADD", self._models_key, model), ("PEXPIRE", self._models_key, life_ms)),
         )
 
-    def _puts(self, model: str, parts: Mapping[int, list[tuple[int, str]]], packed: list[int]) -> list[Command]:
+    def _puts(self, model: str, parts: Mapping[int, Mapping[str, int]]) -> Iterator[Command]:
         """Commands of about MOST_OF_SCRIPT visitors each; in a cluster none names keys of two shards."""
-        commands: list[Command] = []
         keys: list[str] = []
         blobs: list[bytes] = []
         held = 0
         for shard, members in parts.items():
-            for piece in slices(members, MOST_OF_SCRIPT):
+            for piece in slices(list(members.items()), MOST_OF_SCRIPT):
                 if keys and (self._cache.is_cluster or held + len(piece) > MOST_OF_SCRIPT):
-                    commands.append(("EVAL", _PUT, len(keys), *keys, self._cache.retention_ms, *blobs))
+                    yield ("EVAL", _PUT, len(keys), *keys, self._cache.retention_ms, *blobs)
                     keys, blobs, held = [], [], 0
                 keys += self._keys(model, shard)[:2]
-                blobs.append(msgspec.msgpack.encode([part for place, tag in piece for part in (tag, packed[place])]))
+                scores = [part for tag, packed in piece for part in (str(packed), tag)]
+                blobs.append(_encode(([tag for tag, _ in piece], scores)))
                 held += len(piece)
         if keys:
-            commands.append(("EVAL", _PUT, len(keys), *keys, self._cache.retention_ms, *blobs))
-        return commands
+            yield ("EVAL", _PUT, len(keys), *keys, self._cache.retention_ms, *blobs)
 
     async def top(self, model: str, n: int) -> list[Scored]:
         """The n visitors with the highest scores, best first; equals by moment, then by tag, latest first."""
@@ -447,6 +479,12 @@ def _least(propensity: float) -> int:
     if propensity > 1:
         return _BEYOND
     return int(np.float32(max(propensity, 0.0)).view(np.int32)) * MOMENTS
+
+
+def _packed(held: Mapping[str, tuple[float, int]]) -> dict[str, int]:
+    """Packed scores by tag."""
+    scores, moments = zip(*held.values(), strict=True)
+    return dict(zip(held, pack(scores, moments).tolist(), strict=True))
 
 
 def _scored(flat: Sequence[bytes]) -> list[Scored]:
