@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+import uuid
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -293,9 +294,11 @@ def layouts(at_ms: int = NOW_MS) -> dict[str, Callable[[str, int, float], list[C
     }
 
 
-def compare_layouts(server: str, visitors: int) -> None:
+def compare_layouts(server: str, visitors: int, with_uuids: bool) -> None:
     """Print what a visitor takes in each layout."""
-    ids = [f"visitor-{place:07}" for place in range(visitors)]
+    rng = np.random.default_rng(4)
+    uuids = (str(uuid.UUID(bytes=rng.bytes(16), version=4)) for _ in range(visitors))
+    ids = list(uuids) if with_uuids else [f"visitor-{place:07}" for place in range(visitors)]
     shards = {place: shard for shard, of in by_shard(ids).items() for place, _ in of}
     scores = np.random.default_rng(3).uniform(0, 1, visitors).astype(np.float32).tolist()
     for layout, commands_of in layouts().items():
@@ -318,6 +321,7 @@ def main() -> int:
     parser.add_argument("--visitors", type=int, default=1_000_000)
     parser.add_argument("--server", default="redis-server", help="a redis-server or valkey-server")
     parser.add_argument("--layouts", action="store_true", help="compare what other layouts take instead")
+    parser.add_argument("--uuids", action="store_true", help="of layouts: ids of 36 bytes instead of 15")
     given = parser.parse_args()
     server = shutil.which(given.server)
     if server is None:
@@ -325,7 +329,7 @@ def main() -> int:
     version = subprocess.run([server, "--version"], check=True, capture_output=True, text=True).stdout
     print(machine.describe(), version.strip(), sep="\n", flush=True)
     if given.layouts:
-        compare_layouts(server, given.visitors)
+        compare_layouts(server, given.visitors, given.uuids)
         return 0
     with tempfile.TemporaryDirectory() as directory, running_redis(server, Path(directory)) as path:
         return 0 if asyncio.run(measure(path, given.visitors)) else 1
