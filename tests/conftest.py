@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import os
@@ -26,7 +27,10 @@ from onnx import TensorProto, helper, numpy_helper
 from service import embedded
 from service.app import create_app
 from service.core import bundle, events, features, spec
+from service.members import Members
+from service.propensities import Propensities
 from service.settings import Settings
+from service.store import Store
 
 DAY_MS = 86_400_000
 
@@ -313,6 +317,20 @@ class ServiceProcess:
         return self.process.wait(20)
 
 
+def fill_propensity_database(url: str, namespace: str) -> None:
+    """Have a visitor with a score be in an audience, so that a service that starts has something to count."""
+
+    async def fill() -> None:
+        store = Store.open(url, namespace=namespace, retention_ms=90 * DAY_MS)
+        now_ms = time.time_ns() // 1_000_000
+        await Propensities(store).put("shop", "1", ["first"], [0.5], now_ms)
+        await Members(store).describe("everybody", "{}", now_ms)
+        await Members(store).change("everybody", {"first": now_ms}, [], now_ms, "score")
+        await store.close()
+
+    asyncio.run(fill())
+
+
 StartService = Callable[..., ServiceProcess]
 
 
@@ -336,6 +354,7 @@ def service(
 ) -> Iterator[ServiceProcess]:
     """A running service over the embedded feature cache."""
     directory = tmp_path_factory.mktemp("service")
+    fill_propensity_database(embedded_server.url, "service")
     process = ServiceProcess(directory, redis_url=embedded_server.url, artifacts=artifacts, namespace="service")
     process.wait_until_ready()
     yield process

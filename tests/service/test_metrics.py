@@ -24,7 +24,7 @@ from prometheus_client import CollectorRegistry, Counter
 from service import metrics
 from service.core import bins, bundle, segments
 from service.embedded import EmbeddedServer
-from tests.conftest import SHOP, ServiceProcess, WriteBundle, wait_until
+from tests.conftest import SHOP, ServiceProcess, WriteBundle, fill_propensity_database, wait_until
 from tests.service.scrapes import Scrape, scrape
 from tests.service.test_workers import served, wait_for_workers
 from tests.test_docs import codes, page, table
@@ -96,6 +96,7 @@ def two_workers(
 ) -> Iterator[ServiceProcess]:
     """A service of two workers with that model, whose metrics are in files beside its log."""
     directory = tmp_path_factory.mktemp("workers")
+    fill_propensity_database(embedded_server.url, "two")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PROMETHEUS_MULTIPROC_DIR", str(directory))
         given = {"artifacts": shop.path.parents[1], "redis_url": embedded_server.url, "namespace": "two"}
