@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from service.propensities import MOMENT_MS, Propensities, Scored
+from service.shards import SHARDS, shard_of
 from service.store import Store
 from tests.service.test_members import STRANGE
 
@@ -43,7 +44,7 @@ async def all_above(propensities: Propensities, cut: float, n: int) -> dict[str,
 async def test_scores_are_ranked_counted_and_paged(store: Store) -> None:
     propensities = Propensities(store)
     random = np.random.default_rng(5)
-    ids = [*STRANGE, *(f"v{place}" for place in range(700))]
+    ids = [*STRANGE, *(f"v{place}" for place in range(300))]
     scores = np.round(random.beta(1, 8, len(ids)), 3).astype(np.float32)
     scores[:3] = (0.0, 1.0, np.float32(1e-30))
     await propensities.put("shop", "1", ids, scores, NOW_MS)
@@ -133,3 +134,22 @@ async def test_who_was_not_scored_for_long_is_pruned(store: Store) -> None:
     known = await propensities.segments("shop", ids)
     assert [one is not None for one in known] == [True] * 31 + [False] * 69
     assert await propensities.segments("shop", ["unscored"]) == [None]
+
+
+async def test_a_batch_that_was_made_before_brings_nobody_back_who_was_erased(store: Store) -> None:
+    propensities = Propensities(store)
+    for _ in range(2):
+        await propensities.put("shop", "1", ["a", "gone"], [0.5, 0.25], NOW_MS)
+        await propensities.put_live("shop", "1", [{}] * SHARDS)
+        live: list[dict[str, tuple[float, int]]] = [{} for _ in range(SHARDS)]
+        live[shard_of("gone")]["gone"] = 0.25, NOW_MS
+        await propensities.put_live("shop", "1", live)
+        await propensities.move("shop", {"a": "champions", "gone": "nurture"}, NOW_MS)
+        await store.erase("gone")
+    assert await propensities.of("shop", ["a", "gone"]) == [0.5, None]
+    await propensities.put("shop", "1", ["a", "gone"], [0.5, 0.25], NOW_MS)
+    await propensities.put_live("shop", "1", live)
+    await propensities.move("shop", {"gone": "nurture"}, NOW_MS)
+    assert await propensities.of("shop", ["a", "gone"]) == [0.5, None]
+    assert await propensities.segments("shop", ["a", "gone"]) == [("champions", NOW_MS), None]
+    assert [one.visitor_id for one in (await propensities.moves("shop", "", 9)).items] == ["a"]
