@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import typer
 
-from cli import drift, offline, online
+from cli import audiences, drift, offline, online
 from service.core.errors import PropensityError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
 offline.register(app)
 online.register(app)
 drift.register(app)
+audiences.register(app)
 
 
 def main() -> None:

@@ -12,20 +12,20 @@ from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow.parquet as pq
 import pytest
-import typer.main
+import typer
 
 from cli import main as command_line
 from service.core import bundle
 from service.embedded import EmbeddedServer
+from tests.cli.tree import COMMANDS, GROUPS, commands_of, groups_of
 from tests.conftest import StartService, free_port
 
 ROOT = Path(__file__).parents[2]
 SHOP = ROOT / "examples" / "shop.yaml"
-COMMANDS: dict[str, Any] = typer.main.get_command(command_line.app).commands  # type: ignore[attr-defined]
 
 
 class Done(NamedTuple):
@@ -102,7 +102,8 @@ def test_alone_and_with_help_it_lists_every_command(run: Run) -> None:
     alone, asked = run(), run("--help")
     assert alone == asked
     assert (alone.status, alone.err) == (0, "")
-    assert set(COMMANDS) == {
+    first = {name for name in (*COMMANDS, *GROUPS) if " " not in name}
+    assert first == {
         "simulate",
         "train",
         "compact",
@@ -113,16 +114,35 @@ def test_alone_and_with_help_it_lists_every_command(run: Run) -> None:
         "serve",
         "score",
         "models",
+        "audiences",
     }
-    for name in COMMANDS:
+    for name in first:
         assert f" {name} " in alone.out
+
+
+@pytest.mark.parametrize("name", sorted(GROUPS))
+def test_a_group_alone_and_with_help_lists_its_commands(run: Run, name: str) -> None:
+    alone, asked = run(*name.split()), run(*name.split(), "--help")
+    assert alone == asked
+    assert (alone.status, alone.err) == (0, "")
+    assert f"Usage: propensity {name} " in alone.out
+    for below in GROUPS[name].commands:
+        assert f" {below} " in alone.out
+
+
+def test_commands_of_groups_are_found_by_their_full_names() -> None:
+    app, group = typer.Typer(), typer.Typer(name="outer")
+    app.command("alone")(lambda: None)
+    group.command("inner")(lambda: None)
+    app.add_typer(group)
+    assert (set(commands_of(app)), set(groups_of(app))) == ({"alone", "outer inner"}, {"outer"})
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_the_help_of_a_command_explains_every_option(run: Run, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("TERM", "dumb")
-    done = run(name, "--help")
+    done = run(*name.split(), "--help")
     assert (done.status, done.err) == (0, "")
     assert f"Usage: propensity {name} " in done.out
     text = " ".join(done.out.replace("│", " ").split())
@@ -156,6 +176,7 @@ def test_the_help_of_a_command_explains_every_option(run: Run, monkeypatch: pyte
         (["train", "--spec", "x", "--threads", "0"], "Invalid value for '--threads': "),
         (["train", "--spec", "x", "--max-rows", "10"], "Invalid value for '--max-rows': "),
         (["train", "--spec", "x", "--max-bad-rows", "-1"], "Invalid value for '--max-bad-rows': "),
+        (["audiences", "nonsense"], "No such command 'nonsense'. See propensity audiences --help"),
         (["models", "extra"], "Got unexpected extra argument(s) (extra) See propensity models --help"),
         (["simulate", "--out", "x", "--days", "7"], "days is 7; write more than the horizon of 7 days"),
         (["simulate", "--out", "x", "--days", "-3"], "days is -3; write more than the horizon of 7 days"),
