@@ -1,0 +1,112 @@
+"""A YAML file as a plain document, with the line of every place in it.
+
+The rules of reading are those of feature specs (`training.specfile`), which audiences do not import: they are kept in
+step where nothing that trains is installed.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from service.core.errors import PropensityError
+
+Place = tuple[str, ...]
+
+
+class InvalidDefinitions(PropensityError):
+    """Definitions of audiences that cannot be used; the message names each place and what to write instead."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without the surprises of version 1.1: `no`, `on`, dates and `1:30` stay text; a repeated key is refused."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{name!r} is written twice; keep one", key.start_mark
+                )
+            seen.add(name)
+        return {str(name): value for name, value in super().construct_mapping(node, deep).items()}
+
+
+_RESOLVERS: Final = (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|false", list("tf")),
+    ("int", r"-?(?:0|[1-9][0-9]*)", list("-0123456789")),
+    ("float", r"-?(?:0|[1-9][0-9]*)?\.[0-9]+(?:[eE][-+]?[0-9]+)?", list("-0123456789.")),
+    ("merge", r"<<", ["<"]),
+)
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in _RESOLVERS:
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+
+
+@dataclass(frozen=True)
+class Document:
+    """What a file holds, and where."""
+
+    name: str
+    content: dict[str, Any]
+    root: yaml.MappingNode
+
+    def where(self, place: Place) -> str:
+        """`file:line: place` of the deepest node on the way to a place."""
+        node: Any = self.root
+        line = node.start_mark.line
+        for part in place:
+            children = _children(node)
+            if part not in children:
+                break
+            key, node = children[part]
+            line = key.start_mark.line
+        return f"{self.name}:{line + 1}: {'.'.join(place)}"
+
+
+def load(path: Path) -> Document:
+    """The document of a file. Raises InvalidDefinitions."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InvalidDefinitions(f"{path}: no such file; give the definitions with --definitions FILE") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidDefinitions(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    return read(text, str(path))
+
+
+def read(text: str, name: str) -> Document:
+    """The document of YAML text; `name` stands before the line in messages."""
+    try:
+        root = yaml.compose(text, _Loader)
+        content = yaml.load(text, _Loader)  # noqa: S506 - derived from SafeLoader
+    except yaml.YAMLError as error:
+        raise InvalidDefinitions(f"{name}:{_problem(error, text)}") from None
+    except RecursionError:
+        raise InvalidDefinitions(f"{name}:1: is nested too deeply to define audiences") from None
+    if not isinstance(root, yaml.MappingNode):
+        raise InvalidDefinitions(f"{name}:1: is empty or no mapping; begin with audiences:")
+    return Document(name, content, root)
+
+
+def _problem(error: yaml.YAMLError, text: str) -> str:
+    if isinstance(error, yaml.reader.ReaderError):
+        line = text.count("\n", 0, error.position) + 1
+        return f"{line}: the character {chr(error.character)!r} cannot stand in YAML; remove it"
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    line = mark.line + 1 if mark is not None else 1
+    return f"{line}: {getattr(error, 'problem', None) or error}"
+
+
+def _children(node: Any) -> dict[str, tuple[Any, Any]]:
+    if isinstance(node, yaml.MappingNode):
+        return {str(key.value): (key, value) for key, value in node.value}
+    if isinstance(node, yaml.SequenceNode):
+        return {str(index): (value, value) for index, value in enumerate(node.value)}
+    return {}
