@@ -117,6 +117,7 @@ Values = Annotated[tuple[Any, ...], BeforeValidator(_listed), AfterValidator(_va
 Names = Annotated[tuple[Name, ...], BeforeValidator(_listed), Field(min_length=1)]
 SegmentNames = Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1), AfterValidator(_segments)]
 Slug = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_\-]{0,63}$")]
+AudienceName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_\-]{0,55}$")]  # 64 with CONTROL behind it
 Size = Annotated[int, Field(ge=1, strict=True)]
 
 
@@ -345,7 +346,7 @@ class Definitions(Section):
 
     defaults: Defaults = Defaults()
     segments: dict[Slug, SegmentRules] = {}
-    audiences: Annotated[dict[Slug, Audience], Field(min_length=1)]
+    audiences: Annotated[dict[AudienceName, Audience], Field(min_length=1)]
 
     _document: Document | None = PrivateAttr(None)
 
@@ -474,15 +475,23 @@ def _condition(place: Place, feature: str, condition: Condition, spec: FeatureSp
         return
     found = spec.features[feature]
     encoded = found if isinstance(found, Trait | Request) and found.categories is not None else None
-    codes = encoded.codes if encoded is not None else None
+    codes = categories(spec, feature) if encoded is not None else None
     for value in (*(condition.is_ or ()), *(condition.is_not or ())):
         if codes is None and isinstance(value, str):
             yield place, f"{value!r}: the feature has no categories; write a number"
-        elif codes is not None and str(value) not in codes and value != OTHER:
-            yield place, f"no category {value!r}{nearest(str(value), [*codes, OTHER])}"
+        elif codes is not None and str(value) not in codes:
+            yield place, f"no category {value!r}{nearest(str(value), codes)}"
     bounds = (condition.at_least, condition.more_than, condition.at_most, condition.below)
     if encoded is not None and isinstance(encoded.categories, tuple) and any(bound is not None for bound in bounds):
         yield place, f"categories have no order; write is: or is_not: with some of {', '.join(encoded.codes)}"
+
+
+def categories(spec: FeatureSpec, feature: str) -> dict[str, float]:
+    """Category -> number of a feature, and OTHER for those that the spec does not list; empty for one without any."""
+    found = spec.features[feature]
+    if not isinstance(found, Trait | Request) or found.categories is None:
+        return {}
+    return found.codes if math.isnan(found.other) else {**found.codes, OTHER: found.other}
 
 
 def load(path: Path) -> Definitions:
@@ -521,7 +530,8 @@ def _advice(item: Any) -> str:
     if item["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return "is no mapping; write key: value pairs"
     if item["type"] == "string_pattern_mismatch":
-        return f"{str(item['input'])[:64]!r} is no name; write lower-case letters, digits, _ and -, 64 at most"
+        most = 56 if item["loc"][0] == "audiences" else 64
+        return f"{str(item['input'])[:64]!r} is no name; write lower-case letters, digits, _ and -, {most} at most"
     if item["type"] == "too_short":
         return "holds nothing; write at least one"
     text: str = item["msg"].removeprefix("Value error, ")
