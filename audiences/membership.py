@@ -252,7 +252,7 @@ def best(
     All are of [V]; enter is within stay, protected within member. Ranks are among those who may stay, best score first;
     of equal ones, the lower `drawn`. In this order places are given: to members within their minimum stay; to who may
     enter and ranks within wanted / (1 + margin); to members who rank within wanted * (1 + margin); to others who may
-    enter. There are `wanted` places, and up to `most` where the first two need them. (Stock indices have such a buffer.)
+    enter. There are `wanted` places, and up to `most` where the first two need them. (So do stock indices.)
     """
     candidates = np.flatnonzero(stay | protected)
     may_stay = stay[candidates]
