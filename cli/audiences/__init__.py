@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import typer
 
+from cli.audiences import definitions
+
 group = typer.Typer(
     name="audiences",
     help="Audiences: who belongs to them, what they look like, and where they are sent.",
@@ -24,4 +26,5 @@ def alone(context: typer.Context) -> None:
 
 def register(app: typer.Typer) -> None:
     """Add the group with all of its commands."""
+    definitions.register(group)
     app.add_typer(group)
