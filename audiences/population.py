@@ -104,7 +104,7 @@ def open_snapshot(path: Path) -> Snapshot:
         missing = [name for name in _REQUIRED if name not in names]
         if missing:
             raise UnreadableScores(f"{path}: has no column {missing[0]}; write it with propensity score --events")
-        table = pq.ParquetDataset(files).read(columns=["model", "version", "at"])
+        table = pq.ParquetDataset(list(map(str, files))).read(columns=["model", "version", "at"])
     except (pa.ArrowException, OSError) as error:
         raise UnreadableScores(f"{path}: cannot be read ({error}); write it anew with propensity score") from None
     said = {name: pc.unique(table[name]) for name in table.column_names}
@@ -152,7 +152,7 @@ def _table(snapshot: Snapshot, features: Sequence[str]) -> dict[str, Any]:
         )
     names = ["visitor_id", "propensity", "last_event_ms", *features]
     try:
-        table = pq.ParquetDataset(snapshot.files).read(columns=names)
+        table = pq.ParquetDataset(list(map(str, snapshot.files))).read(columns=names)
     except (pa.ArrowException, OSError) as error:
         raise UnreadableScores(
             f"{snapshot.path}: cannot be read ({error}); write it anew with propensity score"
