@@ -47,15 +47,19 @@ class Why(IntEnum):
 
 
 class Previous(NamedTuple):
-    """Since when each visitor is a member, and one of the hold-out, int64[V]; 0 for who is none."""
+    """Since when each visitor is a member, and one of the hold-out, int64[V]; 0 for who is none.
+
+    `is_first`: nothing was ever decided, so that who is between the thresholds is not out, but was not looked at yet.
+    """
 
     entered_ms: Times
     control_ms: Times
+    is_first: bool = False
 
 
 def nobody(count: int) -> Previous:
-    """The state of an audience that nobody belongs to yet."""
-    return Previous(np.zeros(count, np.int64), np.zeros(count, np.int64))
+    """The state of an audience that nothing was decided of yet."""
+    return Previous(np.zeros(count, np.int64), np.zeros(count, np.int64), is_first=True)
 
 
 @dataclass(frozen=True)
@@ -86,12 +90,13 @@ def decide(audience: Audience, population: Population, previous: Previous, now_m
     """Who belongs to an audience at a moment.
 
     The hold-out is drawn first, and the choice made in each part on its own: 1,000 with a hold-out of a tenth are 1,000
-    members, and 111 that would be. Fewer members than `min_size` are none at all.
+    members, and 111 that would be. Fewer members than `min_size` are none at all. The first time a cut counts without
+    its margin: who is between the thresholds was not looked at before, and belongs on the side of the cut.
     """
     held = held_out(audience, population)
     facts = _facts(audience, population, now_ms)
     excluded = _excluded(audience, population)
-    scores = _thresholds(audience, population)
+    scores = _thresholds(audience, population, previous.is_first)
     eligible = facts & ~excluded
     members = _chosen(audience, population, eligible & ~held, scores, previous.entered_ms, now_ms, 1.0)
     share = audience.holdout.share if audience.holdout is not None else 0.0
@@ -156,8 +161,8 @@ def _excluded(audience: Audience, population: Population) -> Flags:
 # --- scores ---
 
 
-def _thresholds(audience: Audience, population: Population) -> Thresholds:
-    margin = audience.margin or 0.0
+def _thresholds(audience: Audience, population: Population, is_first: bool) -> Thresholds:
+    margin = 0.0 if is_first else audience.margin or 0.0
     enter, stay = np.ones(len(population), np.bool_), np.ones(len(population), np.bool_)
     if audience.model is not None:
         said = population.models[audience.model]

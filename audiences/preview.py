@@ -87,9 +87,10 @@ async def preview(
     decided: dict[str, Flags] = {}
     found: Refreshed | None = None
     control = np.zeros(len(everyone), np.bool_)
+    described = refresh.described_in(await members.names())
     for place, audience in enumerate(definitions.ordered):
         report("Deciding audiences", place / len(definitions.ordered))
-        stored = await refresh.read_stored(members, audience, everyone)
+        stored = await refresh.read_stored(members, audience, everyone, described)
         decision = membership.decide(audience, everyone, stored.previous, now_ms)
         everyone = everyone.with_audience(audience.name, decision.qualified)
         decided[audience.name] = decision.entered_ms > 0

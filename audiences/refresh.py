@@ -158,10 +158,10 @@ async def refresh(
         everyone, moves = moved(definitions, bundles[model], everyone, before, now_ms)
         await _move(scores, model, everyone, moves, now_ms)
         segments[model] = _movement(everyone, model, before, moves)
-    done = []
+    done, described = [], described_in(known)
     for place, audience in enumerate(definitions.ordered):
         report("Refreshing audiences", place / len(definitions.ordered))
-        stored = await read_stored(members, audience, everyone)
+        stored = await read_stored(members, audience, everyone, described)
         decision = membership.decide(audience, everyone, stored.previous, now_ms)
         await _write(members, audience, everyone, stored, decision, now_ms)
         everyone = everyone.with_audience(audience.name, decision.qualified)
@@ -213,11 +213,16 @@ async def stored_segments(
     return state
 
 
-async def read_stored(members: Lists, audience: Audience, everyone: Population) -> Stored:
+def described_in(known: Sequence[Any]) -> frozenset[str]:
+    """The audiences that were refreshed to the end before: what they are is said last."""
+    return frozenset(one.name for one in known if one.described_ms)
+
+
+async def read_stored(members: Lists, audience: Audience, everyone: Population, described: frozenset[str]) -> Stored:
     """What the lists hold of an audience and of its hold-out."""
     entered, gone = await _list(members, audience.name, everyone)
     control, gone_control = await _list(members, audience.control, everyone)
-    return Stored(Previous(entered, control), gone, gone_control)
+    return Stored(Previous(entered, control, audience.name not in described), gone, gone_control)
 
 
 async def _list(members: Lists, name: str, everyone: Population) -> tuple[Times, Sequence[str]]:
