@@ -3,6 +3,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup setup-dev run test lint format examples load bench bench-features bench-ingest bench-memory bench-members bench-training bench-tracing drift-proof rules faults fresh-run lock image dashboards observe traffic preview clean system again
+.PHONY: help setup setup-dev run test lint format examples load bench bench-features bench-ingest bench-memory bench-training bench-tracing drift-proof hysteresis-proof rules faults fresh-run lock image dashboards observe traffic preview clean system again
 
 BIN := .venv/bin
 PORT ?= 8000
@@ -34,6 +35,9 @@ faults: .venv/.ready-dev ## Give every fault of Redis, network and clients its f
 rules: .venv/.ready-dev ## Check and test the rules of Prometheus (deploy/prometheus) with promtool
 	@$(MAKE) --no-print-directory system PROGRAMS=prometheus
 	@$(BIN)/pytest -q tests/deploy/test_rules.py
+
+hysteresis-proof: .venv/.ready-dev ## Simulate a month of trembling scores with and without hysteresis; prints the tables of docs/audiences.md
+	@$(BIN)/python -m loadtest.prove_hysteresis
 
 drift-proof: .venv/.ready-dev ## Simulate false alarms and power of the drift rules; prints the tables of docs/drift.md
 	@$(BIN)/python -m loadtest.prove_drift

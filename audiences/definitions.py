@@ -256,7 +256,7 @@ class Defaults(Section):
     """What counts where an audience does not say otherwise."""
 
     model: Slug | None = None
-    margin: Margin = 0.25
+    margin: Margin = 0.5
     min_stay: Time = 0
     min_size: Size = 100
     purpose: Purpose | None = None
