@@ -86,9 +86,11 @@ class Population:
         """The same, with one audience more that others may exclude."""
         return replace(self, qualified={**self.qualified, name: qualified})
 
-    def places(self, ids: Any) -> npt.NDArray[np.int64]:
-        """Where visitors are in the order, int64[n]; -1 for who is not in it. ids: a pyarrow array of strings."""
-        found = pc.index_in(ids.cast(self.ids.type), value_set=self.ids).fill_null(-1)
+    def places(self, ids: Sequence[str]) -> npt.NDArray[np.int64]:
+        """Where visitors are in the order, int64[n]; -1 for who is not in it."""
+        # As bytes, since an id that came as JSON may have half a surrogate pair, which no Arrow string can hold.
+        wanted = pa.array([one.encode("utf-8", "surrogatepass") for one in ids], pa.large_binary())
+        found = pc.index_in(wanted, value_set=self.ids.cast(pa.large_binary())).fill_null(-1)
         return np.asarray(found, np.int64)
 
 

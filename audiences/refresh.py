@@ -237,7 +237,7 @@ async def _list(members: Lists, name: str, everyone: Population) -> tuple[Times,
         if cursor is None:
             break
     found = np.zeros(len(everyone), np.int64)
-    places = everyone.places(pa.array(ids, pa.large_string()))
+    places = everyone.places(ids)
     here = places >= 0
     found[places[here]] = np.array(times, np.int64)[here]
     return found, [ids[place] for place in np.flatnonzero(~here)]

@@ -41,14 +41,25 @@ class Killed(Exception):
     """The process that is refreshing ends here."""
 
 
-class Lists:
-    """Members of audiences. `allowance`: how many changes and descriptions are taken until the process is killed."""
+class Killable:
+    """Takes `allowance` more changes, and then the process is killed; None takes all."""
+
+    allowance: int | None = None
+
+    def _spend(self) -> None:
+        if self.allowance is not None:
+            if self.allowance == 0:
+                raise Killed
+            self.allowance -= 1
+
+
+class Lists(Killable):
+    """Members of audiences."""
 
     def __init__(self) -> None:
         self.members: dict[str, dict[str, int]] = {}
         self.descriptions: dict[str, tuple[str, int]] = {}
         self.changes: list[Change] = []
-        self.allowance: int | None = None
 
     async def page(self, audience: str, cursor: str | None, n: int) -> Page:
         # In an order that has nothing to do with that of the population.
@@ -87,20 +98,14 @@ class Lists:
         self._spend()
         self.descriptions[audience] = (definition_json, at_ms)
 
-    def _spend(self) -> None:
-        if self.allowance is not None:
-            if self.allowance == 0:
-                raise Killed
-            self.allowance -= 1
 
-
-class Scores:
+class Scores(Killable):
     """Scores and segments of models."""
 
     def __init__(self) -> None:
         self.scores: dict[str, dict[str, tuple[float, int]]] = {}
         self.places: dict[str, dict[str, tuple[str, int]]] = {}
-        self.moves: list[tuple[str, str | None, str, int]] = []
+        self.moves: list[tuple[str, str, str | None, str, int]] = []
 
     async def put(
         self, model: str, version: str, ids: Sequence[str], propensity: npt.NDArray[np.float32], at_ms: int
@@ -118,7 +123,8 @@ class Scores:
         known = self.places.setdefault(model, {})
         for one, segment in moves.items():
             assert segment in SEGMENTS
+            self._spend()
             before = known.get(one)
             if before is None or (before[0] != segment and before[1] <= at_ms):
                 known[one] = (segment, at_ms)
-                self.moves.append((one, before[0] if before else None, segment, at_ms))
+                self.moves.append((model, one, before[0] if before else None, segment, at_ms))

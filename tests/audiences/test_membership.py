@@ -401,16 +401,17 @@ def test_the_hold_out_depends_on_the_visitor_alone(ids: list[str], share: int) -
 # --- what hysteresis is for ---
 
 
-@pytest.mark.parametrize(("chosen", "margin"), [("cut: 0.1", 0.5), ("top: 750", 1.0)])
+# Purchases are drawn: those of 3,000 members differ by another percent by chance, those of 13,000 do not.
+@pytest.mark.parametrize(("chosen", "margin", "within"), [("cut: 0.1", 0.5, 0.02), ("top: 3000", 1.0, 0.03)])
 def test_noise_around_the_cut_takes_a_tenth_of_the_list_operations_and_conversion_stays(
-    chosen: str, margin: float
+    chosen: str, margin: float, within: float
 ) -> None:
-    world = prove_hysteresis.World(noise=0.2, change=0, visitors=15_000)
+    world = prove_hysteresis.World(noise=0.2, change=0, visitors=60_000)
     plain, calm = prove_hysteresis.run(
         world, [prove_hysteresis.audience(chosen, 0), prove_hysteresis.audience(chosen, margin, "3d")]
     )
     assert plain.after_first > 5_000, "there is something to save"
     assert calm.after_first * 10 <= plain.after_first
     assert calm.true_conversion == pytest.approx(plain.true_conversion, rel=0.02)
-    assert calm.conversion == pytest.approx(plain.conversion, rel=0.02)
+    assert calm.conversion == pytest.approx(plain.conversion, rel=within)
     assert calm.members.mean() == pytest.approx(plain.members.mean(), rel=0.05)
