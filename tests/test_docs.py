@@ -21,6 +21,7 @@ from pydantic import BaseModel
 import audiences
 import service.core
 import training
+from audiences import definitions, membership
 from service import metrics
 from service.app import create_app
 from service.core import events, features, segments, spec
@@ -226,8 +227,12 @@ SECTIONS: dict[str, type[BaseModel]] = {
 
 def keys(heading: str) -> dict[str, list[str]]:
     """The keys that the first table under a heading describes."""
-    text = section(page("feature-spec.md"), heading)
-    first = re.search(r"^\|.*?\n(?!\|)", text, re.MULTILINE | re.DOTALL)
+    return first_table(page("feature-spec.md"), heading)
+
+
+def first_table(text: str, heading: str) -> dict[str, list[str]]:
+    """The first table under a heading."""
+    first = re.search(r"^\|.*?\n(?!\|)", section(text, heading), re.MULTILINE | re.DOTALL)
     assert first, heading
     return table(first[0])
 
@@ -269,6 +274,52 @@ def test_every_kind_of_feature_and_each_of_its_keys_is_described_and_no_other() 
     for key in further:
         for kind in codes(described[key][0]):
             assert key in kinds[kind].model_fields, f"{key} of {kind}"
+
+
+# --- the definitions of audiences ---
+
+OF_AUDIENCES: dict[str, type[definitions.Section]] = {
+    "## The file": definitions.Definitions,
+    "### `defaults`": definitions.Defaults,
+    "### `segments`": definitions.SegmentRules,
+    "### `audiences`": definitions.Audience,
+    "### `cut`": definitions.Cut,
+    "### `budget`": definitions.Budget,
+    "### `scores`": definitions.Scores,
+    "### Conditions": definitions.Condition,
+    "### `last_event`": definitions.LastEvent,
+    "### `holdout`": definitions.Holdout,
+}
+
+
+@pytest.mark.parametrize("heading", OF_AUDIENCES)
+def test_every_key_of_the_definitions_is_described_and_no_other(heading: str) -> None:
+    found = first_table(page("audiences.md"), heading)
+    assert list(found) == OF_AUDIENCES[heading].key_names()
+
+
+def test_every_section_of_the_definitions_is_described() -> None:
+    assert set(subclasses_of_sections()) == set(OF_AUDIENCES.values())
+
+
+def subclasses_of_sections() -> list[type[definitions.Section]]:
+    return [one for one in definitions.Section.__subclasses__() if one.__module__ == definitions.__name__]
+
+
+def test_defaults_of_audiences_are_those_of_the_code() -> None:
+    for key, value in definitions.Defaults().model_dump(mode="json").items():
+        wanted = "none" if value is None else f"`{value}`"
+        assert first_table(page("audiences.md"), "### `defaults`")[key][0] == wanted, key
+
+
+def test_every_reason_to_enter_or_leave_is_described() -> None:
+    text = section(page("audiences.md"), "## Refreshing")
+    assert {why.text for why in membership.Why if why} <= set(codes(text))
+
+
+@pytest.mark.parametrize("block", blocks("yaml audiences"), ids=str)
+def test_every_definition_of_audiences_in_the_pages_is_valid(block: Block) -> None:
+    definitions.read(block.text, str(block))
 
 
 def specs() -> list[Block]:
@@ -422,7 +473,7 @@ def test_every_block_of_python_compiles(block: Block) -> None:
 
 
 def test_every_block_says_what_it_is() -> None:
-    known = {"sh", "json", "python", "js", "text", "yaml", "yaml spec"}
+    known = {"sh", "json", "python", "js", "text", "yaml", "yaml spec", "yaml audiences"}
     found = [block for name, text in pages().items() for block in blocks_of(name, text)]
     assert [str(block) for block in found if block.info not in known] == []
 

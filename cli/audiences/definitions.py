@@ -63,6 +63,10 @@ def list_(
         row = [audience.name, chosen_by(audience), _limits(audience), _destinations(audience)]
         table.add_row(*map(escape, row), *([known.get(audience.name, "")] if sizes else []))
     Console().print(table)
+    for model in read.models:
+        columns = read.features(model)
+        asked = f" --features {','.join(columns)}" if columns else ""
+        console.print(f"Needs propensity score --events FILES --model {model}{asked}", soft_wrap=True, markup=False)
 
 
 def refresh(
