@@ -312,7 +312,17 @@ def test_without_the_training_side_it_is_said_what_to_install(
 
 def test_the_serving_side_needs_nothing_of_training(tmp_path: Path) -> None:
     path = without(
-        tmp_path, "duckdb", "lightgbm", "pyarrow", "yaml", "sklearn", "scipy", "matplotlib", "onnx", "training"
+        tmp_path,
+        "duckdb",
+        "lightgbm",
+        "pyarrow",
+        "yaml",
+        "sklearn",
+        "scipy",
+        "matplotlib",
+        "onnx",
+        "training",
+        "audiences",
     )
     code = "import cli.main, cli.history, cli.online, service.app; print(cli.history.some_visitor.__name__)"
     environment = {**os.environ, "PYTHONPATH": path}

@@ -1,0 +1,109 @@
+"""The commands of audiences as a person types them, over the embedded feature cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from service.embedded import EmbeddedServer
+from tests.audiences.conftest import AT_MS, WriteScores, two_models, write_scores
+from tests.cli.test_commands import Run, in_a_process, run, without
+
+__all__ = ["run", "two_models", "write_scores"]  # fixtures
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "audiences.yaml"
+TEXT = """
+defaults: {model: shop, margin: 0.2, min_size: 3, purpose: ads}
+audiences:
+  best: {top: 20%, destinations: google}
+  mobile: {cut: 0.5, where: {device: mobile}, holdout: 20%}
+  tiny: {cut: 0.999}
+"""
+
+
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch, embedded_server: EmbeddedServer, tmp_path: Path) -> None:
+    """An empty feature cache, which the commands find by their settings."""
+    pytest.importorskip("service.members")
+    monkeypatch.setenv("PROPENSITY_REDIS_URL", embedded_server.url)
+    monkeypatch.setenv("PROPENSITY_NAMESPACE", f"test-{tmp_path.name}"[:30])
+
+
+def scores(count: int = 100, shift: float = 0.0) -> dict[str, float]:
+    return {f"visitor-{place}": min(1.0, max(0.0, place / count + shift)) for place in range(count)}
+
+
+def test_audiences_are_listed_without_a_feature_cache(run: Run) -> None:
+    done = run("audiences", "list", "--definitions", EXAMPLE, "--no-sizes")
+    assert done.status == 0
+    for name in ("champions", "cart_abandoners", "no_bids"):
+        assert name in done.out
+    assert "--features carts_7d,device,purchases_7d,purchases_90d,views_7d" in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["list"], "audiences.yaml: no such file; give the definitions with --definitions FILE"),
+        (["list", "--definitions", "bad.yaml"], "bad.yaml:2: audiences.a.segmnt: unknown key; did you mean 'segment'?"),
+        (["preview"], "Missing argument 'name'. See propensity audiences preview --help"),
+        (["preview", "best"], "Missing option '--scores'. See propensity audiences preview --help"),
+        (["refresh"], "Missing option '--scores'. See propensity audiences refresh --help"),
+        (["refresh", "--scores", "x", "--definitions", "good.yaml"], "x: holds no part-*.parquet; give a"),
+        (["preview", "best", "--scores", "x", "--definitions", "good.yaml", "--plot", "p.gif"], "p.gif: cannot draw"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_wrong_arguments_are_told_in_one_line(run: Run, tmp_path: Path, arguments: list[str], said: str) -> None:
+    (tmp_path / "bad.yaml").write_text("audiences:\n  a: {segmnt: x}\n")
+    (tmp_path / "good.yaml").write_text(TEXT)
+    assert run("audiences", *arguments).complaint.startswith(said)
+
+
+def test_without_what_audiences_need_it_is_said_what_to_install(tmp_path: Path) -> None:
+    told = in_a_process(
+        *("audiences", "list", "--definitions", EXAMPLE), cwd=tmp_path, PYTHONPATH=without(tmp_path, "pyarrow")
+    ).complaint
+    assert told == "pyarrow is not installed; install what audiences need with pip install 'propensity[audiences]'"
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_preview_a_refresh_and_a_list_agree(
+    run: Run, tmp_path: Path, two_models: Path, write_scores: WriteScores
+) -> None:
+    (tmp_path / "audiences.yaml").write_text(TEXT)
+    device = [place % 2 for place in range(100)]
+    first = write_scores("first", scores(), features={"device": device})
+    options = ("--scores", first, "--artifacts", two_models)
+    shown = run("audiences", "preview", "best", *options, "--plot", "best.png")
+    assert shown.status == 0, shown
+    assert "20 (20.0% of 100 visitors)" in shown.out
+    assert "20 enter, 0 leave; it had 0" in shown.out
+    assert (tmp_path / "best.png").read_bytes().startswith(b"\x89PNG")
+    done = run("audiences", "refresh", *options)
+    assert done.status == 0, done
+    assert "100 new" in done.out
+    assert "tiny is empty: fewer than min_size, 3, qualify" in done.err
+    listed = run("audiences", "list")
+    assert " 20 " in next(line for line in listed.out.splitlines() if "best" in line)
+    again = run("audiences", "preview", "best", *options)
+    assert "0 enter, 0 leave; it had 20" in again.out
+    small = run("audiences", "preview", "tiny", *options)
+    assert "3: only 0 qualify, so nobody is a member" in small.out
+    held = run("audiences", "preview", "mobile", *options)
+    assert "20 %," in held.out
+
+
+@pytest.mark.usefixtures("cache")
+def test_older_scores_are_told_in_one_line(
+    run: Run, tmp_path: Path, two_models: Path, write_scores: WriteScores
+) -> None:
+    (tmp_path / "audiences.yaml").write_text("defaults: {model: shop}\naudiences: {best: {top: 20%}}")
+    new, old = write_scores("new", scores()), write_scores("old", scores(), at_ms=AT_MS - 1000)
+    assert run("audiences", "refresh", "--scores", new, "--artifacts", two_models).status == 0
+    told = run("audiences", "refresh", "--scores", old, "--artifacts", two_models).complaint
+    assert told.startswith(
+        "the scores are of 2026-09-21T14:13:19Z, and best was refreshed with scores of 2026-09-21T14:13:2"
+    )
