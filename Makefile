@@ -4,6 +4,7 @@
 .DELETE_ON_ERROR:
 .PHONY: help setup setup-dev run test lint format examples load bench bench-features bench-ingest bench-memory bench-members bench-training bench-tracing drift-proof rules faults fresh-run lock image dashboards observe traffic preview clean system again
 .PHONY: help setup setup-dev run test lint format examples load bench bench-features bench-ingest bench-memory bench-training bench-tracing drift-proof hysteresis-proof rules faults fresh-run lock image dashboards observe traffic preview clean system again
+.PHONY: help setup setup-dev run test lint format examples load bench bench-audiences bench-features bench-ingest bench-memory bench-training bench-tracing drift-proof hysteresis-proof rules faults fresh-run lock image dashboards observe traffic preview clean system again
 
 BIN := .venv/bin
 PORT ?= 8000
@@ -72,6 +73,9 @@ load: .venv/.ready-dev ## Send simulated visitors to URL: SHAPE=steady|ramp|spik
 bench: .venv/.ready-dev ## Compare scores a second with a plain service and with bare uvicorn; QUICK=1 in a third of the time
 	@$(MAKE) --no-print-directory system PROGRAMS="redis-server wrk"
 	@$(BIN)/python -m loadtest.bench_serving $(if $(QUICK),--quick)
+
+bench-audiences: .venv/.ready-dev | .run/trained ## Measure time and memory of refreshing audiences of a million visitors
+	@$(BIN)/python -m loadtest.bench_audiences
 
 bench-features: .venv/.ready-dev ## Measure how many feature rows a core computes in a second
 	@$(BIN)/python -m loadtest.bench_features
