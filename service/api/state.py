@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, TypedDict, cast
 
 from fastapi import Depends, Request
 
+from service.door import Door
 from service.lifecycle import Lifecycle
 from service.models import Models
 from service.score_log import ScoreLog
@@ -23,6 +24,7 @@ class State(TypedDict):
 
     settings: Settings
     models: Models
+    door: Door
     store: Store
     scorer: Scorer
     score_log: ScoreLog
@@ -45,6 +47,10 @@ async def _models(request: Request) -> Models:
     return state_of(request)["models"]
 
 
+async def _door(request: Request) -> Door:
+    return state_of(request)["door"]
+
+
 async def _store(request: Request) -> Store:
     return state_of(request)["store"]
 
@@ -63,6 +69,7 @@ async def _lifecycle(request: Request) -> Lifecycle:
 
 CurrentSettings = Annotated[Settings, Depends(_settings)]
 CurrentModels = Annotated[Models, Depends(_models)]
+CurrentDoor = Annotated[Door, Depends(_door)]
 CurrentStore = Annotated[Store, Depends(_store)]
 CurrentScorer = Annotated[Scorer, Depends(_scorer)]
 CurrentScoreLog = Annotated[ScoreLog, Depends(_score_log)]
