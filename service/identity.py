@@ -117,7 +117,14 @@ def _e164(text: str, region: str | None) -> str:
     if len(number) > _LONGEST_PHONE:
         raise Malformed(_PHONE_ADVICE)
     # 00 is how most countries dial out; where it is not, no number begins with it.
-    written = "+" + number[2:] if number.startswith("00") else number
+    written = _parsed("+" + number[2:] if number.startswith("00") else number, region)
+    # Of a few numbers that nobody has, what was written reads as another number again: 0100000000 of the Isle of Man.
+    again = _parsed(written, None)
+    return again if again == written else _parsed(again, None)
+
+
+def _parsed(written: str, region: str | None) -> str:
+    """E.164 of a number. Raises Malformed."""
     try:
         parsed = phonenumbers.parse(written, region)
     except phonenumbers.NumberParseException as error:
