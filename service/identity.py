@@ -152,40 +152,47 @@ _SIGNS: Final = re.compile(r"[\W_]+")
 _HAS_ADDRESS: Final = re.compile(r"[^\s@]@[^\s@]|%40|\N{FULLWIDTH COMMERCIAL AT}", re.IGNORECASE).search
 _HAS_NUMBER: Final = re.compile(r"(?:\+|\b00)[\s(]*\d(?:[\s()./-]*\d){6,}").search
 _IS_NUMBER: Final = re.compile(r"[\d\s()./-]*\d[\d\s()./-]*").fullmatch
-_FREE_OF_NUMBERS: Final = frozenset({"userid", "anonymousid", "previousid", "messageid", "timestamp", "type"})
+_IDS_AND_TIMES: Final = frozenset({"userid", "anonymousid", "previousid", "messageid", "timestamp", "type"})
 
 
 def redacted(event: object) -> object:
     """An event without addresses and numbers of people, at whatever depth they are.
 
     Out goes every value under a key that speaks of mail or telephone; every text anywhere that holds an address or a
-    number with a country's code; what within traits is digits as long as a number; and keys that are addresses.
+    number with a country's code, or is digits as long as a number, other than ids and times; within traits numbers as
+    long too; and keys that are addresses.
     """
-    return _redacted(event, False)
+    return _redacted(event, is_trait=False)
 
 
-def _redacted(value: object, is_trait: bool) -> object:
+def _redacted(value: object, *, is_trait: bool) -> object:
     if isinstance(value, dict):
-        return {
-            _clean(key): REDACTED
-            if _PERSONAL(name := _SIGNS.sub("", key).lower()) and item is not None
-            else _redacted(item, (is_trait or name == "traits") and name not in _FREE_OF_NUMBERS)
-            for key, item in value.items()
-        }
+        return {_clean(key): _redacted_member(key, item, is_trait) for key, item in value.items()}
     if isinstance(value, list):
-        return [_redacted(item, is_trait) for item in value]
+        return [_redacted(item, is_trait=is_trait) for item in value]
     if isinstance(value, str):
-        return REDACTED if _is_personal(value, is_trait) else value
+        return REDACTED if _holds_personal(value) or _is_number(value) else value
     if is_trait and isinstance(value, int | float) and abs(value) >= 1e6:
         return REDACTED
     return value
 
 
+def _redacted_member(key: str, value: object, is_trait: bool) -> object:
+    name = _SIGNS.sub("", key).lower()
+    if name in _IDS_AND_TIMES and not isinstance(value, dict | list):
+        return REDACTED if isinstance(value, str) and _holds_personal(value) else value
+    if _PERSONAL(name) and value is not None:
+        return REDACTED
+    return _redacted(value, is_trait=is_trait or name == "traits")
+
+
 def _clean(key: str) -> str:
-    return REDACTED if _is_personal(key, False) else key
+    return REDACTED if _holds_personal(key) else key
 
 
-def _is_personal(text: str, is_trait: bool) -> bool:
-    if _HAS_ADDRESS(text) or _HAS_NUMBER(text):
-        return True
-    return is_trait and _IS_NUMBER(text) is not None and sum(letter.isdigit() for letter in text) >= 7
+def _holds_personal(text: str) -> bool:
+    return bool(_HAS_ADDRESS(text) or _HAS_NUMBER(text))
+
+
+def _is_number(text: str) -> bool:
+    return bool(_IS_NUMBER(text)) and sum(letter.isdigit() for letter in text) >= 7

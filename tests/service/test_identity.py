@@ -217,7 +217,14 @@ EVENT: dict[str, Any] = {
         "traits": {"Email": None, "tel": "1"},
         "page": {"url": "https://example.com/?mail=canary%40example.com"},
     },
-    "properties": {"price": 12.5, "note": "from Canary <canary@example.com>", "sku": "1234567890", "list": [["a@b"]]},
+    "properties": {
+        "price": 12.5,
+        "note": "from Canary <canary@example.com>",
+        "sku": "A-1234567890",
+        "order": "12345678",
+        "revenue": 3000000,
+        "list": [["a@b"]],
+    },
 }
 
 
@@ -238,7 +245,14 @@ def test_an_event_is_kept_without_addresses_and_numbers_wherever_they_are() -> N
             REDACTED: True,
         },
         "context": {"traits": {"Email": None, "tel": REDACTED}, "page": {"url": REDACTED}},
-        "properties": {"price": 12.5, "note": REDACTED, "sku": "1234567890", "list": [[REDACTED]]},
+        "properties": {
+            "price": 12.5,
+            "note": REDACTED,
+            "sku": "A-1234567890",
+            "order": REDACTED,
+            "revenue": 3000000,
+            "list": [[REDACTED]],
+        },
     }
 
 
