@@ -25,8 +25,6 @@ from typing import Final
 
 import phonenumbers
 
-from service.core.errors import PropensityError
-
 EMAILS: Final = ("google.email", "meta.email")
 PHONES: Final = ("google.phone", "meta.phone")
 HASHED: Final = (*EMAILS, *PHONES)
@@ -49,7 +47,7 @@ _ADDRESS: Final = re.compile(
 _HIDDEN: Final = ("Cc", "Cf", "Cn", "Co", "Cs")
 
 
-class Malformed(PropensityError):
+class Malformed(ValueError):
     """What is no address and no number of a telephone; the message says what to write, and never what was given."""
 
 
