@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -33,12 +33,13 @@ class Door(NamedTuple):
     categories: Mapping[str, frozenset[str]]  # by purpose, in lower case
 
     @classmethod
-    def of(cls, region: str | None, categories: Mapping[str, list[str]]) -> Door:
+    def of(cls, region: str | None, categories: Mapping[str, Sequence[str]] | None) -> Door:
         """The door for the settings `phone_region` and `consent_categories`."""
+        known = consent.CATEGORIES if categories is None else categories
         return cls(
             region,
             {
-                purpose: frozenset(name.casefold() for name, purposes in categories.items() if purpose in purposes)
+                purpose: frozenset(name.casefold() for name, purposes in known.items() if purpose in purposes)
                 for purpose in consent.PURPOSES
             },
         )

@@ -136,10 +136,10 @@ class Settings(BaseSettings):
         description="Country of phone numbers that name none, two letters as DE. Without it such numbers are refused; "
         "set it where nearly all customers are of one country.",
     )
-    consent_categories: dict[str, list[str]] = Field(
-        {name: list(purposes) for name, purposes in consent.CATEGORIES.items()},
+    consent_categories: dict[str, list[str]] | None = Field(
+        None,
         description="Purposes (ads, email, crm, analytics) that each category of your consent tool stands for, as "
-        'JSON: {"Targeting": ["ads", "email"]}. A purpose of several categories needs the consent to all of them.',
+        'JSON: {"Targeting": ["ads", "email"]}. Without it Advertising stands for ads, and each purpose for itself.',
     )
 
     log_format: Format = Field(
@@ -168,7 +168,9 @@ class Settings(BaseSettings):
 
     @field_validator("consent_categories")
     @classmethod
-    def _are_purposes(cls, categories: dict[str, list[str]]) -> dict[str, list[str]]:
+    def _are_purposes(cls, categories: dict[str, list[str]] | None) -> dict[str, list[str]] | None:
+        if categories is None:
+            return None
         if wrong := {purpose for purposes in categories.values() for purpose in purposes} - set(consent.PURPOSES):
             raise ValueError(f"{min(wrong)!r} is no purpose; write some of {', '.join(consent.PURPOSES)}")
         return categories

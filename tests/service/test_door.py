@@ -15,7 +15,7 @@ from fastapi.testclient import TestClient
 
 from service import door as doors
 from service import ingest
-from service.consent import CATEGORIES, Known, known
+from service.consent import Known, known
 from service.core import spec
 from service.door import Door
 from service.identity import EMAILS, PHONES, hashed
@@ -27,7 +27,7 @@ from tests.service.scrapes import scrape
 
 NOW_MS = 1_767_225_600_000
 CATALOGUE = ingest.catalogue([spec.parse(SHOP)])
-USUAL = Door.of(None, {name: list(purposes) for name, purposes in CATEGORIES.items()})
+USUAL = Door.of(None, None)
 ADDRESS, NUMBER = "dana@example.com", "+49 30 901820"
 
 
@@ -141,7 +141,8 @@ def test_consent_comes_with_any_event_by_the_categories_of_the_settings() -> Non
 
 
 def test_categories_without_a_purpose_and_no_consent_say_nothing() -> None:
-    for given in (preferences(Functional=True), {"context": {"consent": {}}}, {"context": {"consent": None}}):
+    unsaid: list[dict[str, Any]] = [{"context": {"consent": {}}}, {"context": {"consent": None}}]
+    for given in (preferences(Functional=True), *unsaid):
         outcome, _ = take({"type": "page", "userId": "u", "timestamp": NOW_MS, **given})
         assert not getattr(outcome, "said", b"")
 
