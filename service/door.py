@@ -63,6 +63,11 @@ def take(
     records = list(_identifiers(door, event, ts_ms, notes, count)) if is_identify else []
     consents = _consents(door, event, notes, count)
     is_user = is_identify and _id_of(event.get("userId")) is not None
+    if event.get("type") in _SPEAKING and any(map(identity.holds_personal, ingest.visitor_ids(event))):
+        count("id", "address")
+        notes.append(
+            "its id looks like an e-mail address or a phone number, and ids are stored as they are: send another"
+        )
     if consents or is_user:
         records.append(consent.statement(ts_ms, consents, is_user))
     login = _login(event, ts_ms) if event.get("type") in _SPEAKING else None

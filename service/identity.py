@@ -169,7 +169,7 @@ def _redacted(value: object, *, is_trait: bool) -> object:
     if isinstance(value, list):
         return [_redacted(item, is_trait=is_trait) for item in value]
     if isinstance(value, str):
-        return REDACTED if _holds_personal(value) or _is_number(value) else value
+        return REDACTED if holds_personal(value) or _is_number(value) else value
     if is_trait and isinstance(value, int | float) and abs(value) >= 1e6:
         return REDACTED
     return value
@@ -178,17 +178,18 @@ def _redacted(value: object, *, is_trait: bool) -> object:
 def _redacted_member(key: str, value: object, is_trait: bool) -> object:
     name = _SIGNS.sub("", key).lower()
     if name in _IDS_AND_TIMES and not isinstance(value, dict | list):
-        return REDACTED if isinstance(value, str) and _holds_personal(value) else value
+        return REDACTED if isinstance(value, str) and holds_personal(value) else value
     if _PERSONAL(name) and value is not None:
         return REDACTED
     return _redacted(value, is_trait=is_trait or name == "traits")
 
 
 def _clean(key: str) -> str:
-    return REDACTED if _holds_personal(key) else key
+    return REDACTED if holds_personal(key) else key
 
 
-def _holds_personal(text: str) -> bool:
+def holds_personal(text: str) -> bool:
+    """Whether a text holds something like an address, or a number with a country's code."""
     return bool(_HAS_ADDRESS(text) or _HAS_NUMBER(text))
 
 

@@ -128,13 +128,14 @@ for _reason in ("visitor", "type", "shape", "timestamp", "future", "event", "siz
     EVENTS_REFUSED.labels(_reason)
 SAID: Final = Counter(
     "propensity_identity_total",
-    "What events said of persons (email, phone, consent): kept, malformed, or no_region, a number without a country.",
+    "What events said of persons (email, phone, consent): kept, malformed, no_region; and ids that are an address.",
     ["said", "outcome"],
 )
 for _said, _outcomes in {
     "email": ("kept", "malformed"),
     "phone": ("kept", "malformed", "no_region"),
     "consent": ("kept", "malformed"),
+    "id": ("address",),
 }.items():
     for _outcome in _outcomes:
         SAID.labels(_said, _outcome)

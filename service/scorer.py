@@ -40,7 +40,7 @@ Deliver = Callable[[Outcome, Timing], None]
 class Waiting:
     """A request on its way: where its answer goes, when it came and when it must be answered, by perf_counter."""
 
-    __slots__ = ("arrived", "deadline", "deliver", "is_done", "is_gone", "is_queued", "request")
+    __slots__ = ("arrived", "deadline", "deliver", "is_done", "is_gone", "is_queued", "owner", "request")
 
     def __init__(
         self, request: ScoreRequest, deliver: Deliver, arrived: float, deadline: float, is_queued: bool
@@ -49,6 +49,7 @@ class Waiting:
         self.is_queued = is_queued  # counts towards the length of the queue
         self.is_gone = False  # its client went away
         self.is_done = False  # it was answered
+        self.owner: str | None = None  # whom its visitor was joined into
 
 
 class _Flight:
@@ -298,6 +299,8 @@ class Scorer:
         joined = {place: owner for place, owner in owners.items() if not flight.group[place].is_done}
         if joined:
             group = [flight.group[place] for place in joined]
+            for one, owner in zip(group, joined.values(), strict=True):
+                one.owner = owner
             self._take_off(group, list(joined.values()), flight.now_ms, flight.started, flight.judged, True)
         staying = [place for place in range(len(flight.group)) if place not in owners]
         flight.group = [flight.group[place] for place in staying]
@@ -332,7 +335,9 @@ class Scorer:
         try:
             for name, members, histories in _by_model(group, values):
                 degraded = ("store",) if values is None else ()
-                scored = self._score(name, Batch([one.request for one in members], histories, now_ms, degraded))
+                owners = [one.owner for one in members if one.owner is not None]  # of all or of none
+                batch = Batch([one.request for one in members], histories, now_ms, degraded, owners)
+                scored = self._score(name, batch)
                 metrics.stage("features").add(scored.features_ms / 1000)
                 metrics.stage("model").add(scored.model_ms / 1000)
                 for one, answer in zip(members, scored.answers, strict=True):

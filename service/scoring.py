@@ -105,12 +105,16 @@ class Timing(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Requests for one model, with the histories of their visitors, at one moment."""
+    """Requests for one model, with the histories of their visitors, at one moment.
+
+    `owners` are whom these were joined into, of each request, where they were; otherwise there are none.
+    """
 
     requests: Sequence[ScoreRequest]
     histories: Sequence[History]
     now_ms: int
     degraded: tuple[str, ...] = ()
+    owners: Sequence[str] = ()
 
 
 class Scored(NamedTuple):

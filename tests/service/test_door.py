@@ -121,6 +121,15 @@ def test_events_that_say_nothing_of_a_person_are_ignored_as_before(event: dict[s
     assert not counted
 
 
+@pytest.mark.parametrize("visitor_id", ["dana@example.com", "+49 30 901820"])
+def test_an_id_that_is_an_address_is_counted_and_told(visitor_id: str) -> None:
+    outcome, counted = take(identify(userId=visitor_id))
+    assert counted == {("id", "address"): 1}
+    assert outcome.message is not None
+    assert outcome.message.endswith("ids are stored as they are: send another")
+    assert visitor_id not in outcome.message
+
+
 # --- consents ---
 
 
