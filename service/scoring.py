@@ -63,7 +63,11 @@ class Score:
     propensity: Annotated[float | None, Field(ge=0, le=1, description="Calibrated probability; null without a model.")]
     percentile: Annotated[
         float | None,
-        Field(ge=0, le=100, description="Percent of the scores of the week before training that are lower; null without a model."),
+        Field(
+            ge=0,
+            le=100,
+            description="Percent of the scores of the week before training that are lower; null without a model.",
+        ),
     ]
     segment: Annotated[str, Field(description="One of the segments.", json_schema_extra={"enum": list(SEGMENTS)})]
     model: Annotated[str | None, Field(description="Name of the model; null if none was asked for and none is loaded.")]
