@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import redis
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from service import consent, history, joining
@@ -38,6 +38,7 @@ def trait(ts_ms: int, value: float) -> bytes:
 # --- the head ---
 
 
+@settings(max_examples=30)
 @given(
     some.lists(some.tuples(some.integers(0, 2**53), some.text(min_size=1, max_size=256)), min_size=1, max_size=8),
     some.binary(max_size=200),
@@ -351,7 +352,7 @@ async def test_killed_at_any_step_of_a_join_nothing_is_lost_or_counted_twice(
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("every_store_url", ["valkey", "cluster"], indirect=True)
+@pytest.mark.parametrize("every_store_url", ["valkey"], indirect=True)
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("asked", ["a", "u"])
 async def test_killed_at_any_step_of_an_erasure_and_begun_again_nothing_is_left(
