@@ -5,6 +5,7 @@
 .PHONY: help setup setup-dev run test lint format examples load bench bench-features bench-ingest bench-memory bench-members bench-training bench-tracing drift-proof rules faults fresh-run lock image dashboards observe traffic preview clean system again
 .PHONY: help setup setup-dev run test lint format examples load bench bench-features bench-ingest bench-memory bench-training bench-tracing drift-proof hysteresis-proof rules faults fresh-run lock image dashboards observe traffic preview clean system again
 .PHONY: help setup setup-dev run test lint format examples load bench bench-audiences bench-features bench-ingest bench-memory bench-training bench-tracing drift-proof hysteresis-proof rules faults fresh-run lock image dashboards observe traffic preview clean system again
+.PHONY: help setup setup-dev run test lint format examples identities load bench bench-features bench-ingest bench-memory bench-training bench-tracing drift-proof rules faults fresh-run lock image dashboards observe traffic preview clean system again
 
 BIN := .venv/bin
 PORT ?= 8000
@@ -32,6 +33,9 @@ test: .venv/.ready-dev system ## Install what the tests need, then check style a
 
 faults: .venv/.ready-dev ## Give every fault of Redis, network and clients its full time, and print what was measured
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -q --timeout 300 tests/faults --full
+
+identities: .venv/.ready-dev ## Normalise and hash 10,000 random addresses and 10,000 numbers, instead of the 500 of make test
+	@IDENTITY_EXAMPLES=10000 $(BIN)/pytest -q tests/service/test_identity.py
 
 rules: .venv/.ready-dev ## Check and test the rules of Prometheus (deploy/prometheus) with promtool
 	@$(MAKE) --no-print-directory system PROGRAMS=prometheus

@@ -17,12 +17,12 @@ from typing import Final
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from service.members import Members
-from service.propensities import Propensities
 
 from audiences import definitions, population, refresh
 from loadtest import machine
 from service import embedded, models
+from service.members import Members
+from service.propensities import Propensities
 from service.store import Store
 
 ROOT: Final = Path(__file__).parents[1]

@@ -26,6 +26,7 @@ from service.api.admission import Admission
 from service.api.express import ExpressLane
 from service.api.state import State
 from service.api.tensors import InferIn
+from service.door import Door
 from service.http import KEEP_ALIVE_S, Protocol, close_stalled
 from service.lifecycle import Lifecycle, Server, cancel
 from service.live_scores import LiveScores
@@ -187,6 +188,7 @@ async def open_state(settings: Settings, lifecycle: Lifecycle, traces: Tracing |
             yield State(
                 settings=settings,
                 models=loaded,
+                door=Door.of(settings.phone_region, settings.consent_categories),
                 store=store,
                 scorer=scorer,
                 score_log=log,

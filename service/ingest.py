@@ -47,6 +47,7 @@ import msgspec
 from service.core import events, features
 from service.core.errors import PropensityError
 from service.core.spec import EventKind, FeatureSpec
+from service.joining import Login
 
 LONGEST_ID: Final = 256
 FUTURE_MS: Final = 24 * 3_600_000
@@ -68,12 +69,17 @@ class CatalogueConflict(PropensityError):
 
 
 class Accepted(msgspec.Struct, frozen=True, gc=False):
-    """An event that leaves records; either part may be empty. The message is for who could not keep all of them."""
+    """An event that leaves records; any part may be empty. The message is for who could not keep all of them.
+
+    `parse` gives events and traits; what it says of a person is the part of `service.door`.
+    """
 
     visitor_id: str
     events: bytes
     traits: bytes
     message: str | None = None
+    said: bytes = b""
+    login: tuple[str, Login] | None = None
 
 
 class Ignored(msgspec.Struct, frozen=True, gc=False):
@@ -150,8 +156,8 @@ def _parse(catalogue: Catalogue, event: object, received_ms: int) -> Accepted | 
     if not isinstance(event, dict):
         raise _Refusal("shape", "an event is a JSON object")
     properties, traits, context = _object(event, "properties"), _object(event, "traits"), _object(event, "context")
-    visitor_id = _visitor_id(event)
-    ts_ms = _timestamp_ms(event.get("timestamp"), received_ms)
+    visitor_id = visitor_of(event)
+    ts_ms = timestamp_ms(event.get("timestamp"), received_ms)
     kind = _kind(catalogue, event)
     record = b"" if kind is None else _event_record(kind, event, properties, ts_ms)
     trait_records = b"".join([*_trait_records(catalogue, traits, context, ts_ms)])
@@ -180,7 +186,8 @@ def is_named(event: object) -> bool:
     return isinstance(event, dict) and event.get("type") in (None, "track", "page")
 
 
-def _visitor_id(event: Mapping[str, Any]) -> str:
+def visitor_of(event: Mapping[str, Any]) -> str:
+    """Rule 1, of an event that is an object."""
     user = event.get("userId")
     visitor_id = user if type(user) is str and user else next(iter(visitor_ids(event)), None)
     if visitor_id is None:
@@ -190,7 +197,8 @@ def _visitor_id(event: Mapping[str, Any]) -> str:
     return visitor_id
 
 
-def _timestamp_ms(value: object, received_ms: int) -> int:
+def timestamp_ms(value: object, received_ms: int) -> int:
+    """Rule 3."""
     ts_ms = received_ms if value is None else _milliseconds(value)
     if ts_ms is None or ts_ms < 0:
         raise _Refusal("timestamp", "timestamp must be ISO 8601, as 2026-01-31T23:59:59.999Z, or epoch ms or s")

@@ -150,6 +150,26 @@ for _outcome in ("accepted", "ignored", "refused"):
 EVENTS_REFUSED: Final = Counter("propensity_events_refused_total", "Events refused, by reason.", ["reason"])
 for _reason in ("visitor", "type", "shape", "timestamp", "future", "event", "size", "unfit"):
     EVENTS_REFUSED.labels(_reason)
+SAID: Final = Counter(
+    "propensity_identity_total",
+    "What events said of persons (email, phone, consent): kept, malformed, no_region; and ids that are an address.",
+    ["said", "outcome"],
+)
+for _said, _outcomes in {
+    "email": ("kept", "malformed"),
+    "phone": ("kept", "malformed", "no_region"),
+    "consent": ("kept", "malformed"),
+    "id": ("address",),
+}.items():
+    for _outcome in _outcomes:
+        SAID.labels(_said, _outcome)
+JOINS: Final = Counter(
+    "propensity_joins_total",
+    "Logins of anonymous visitors: joined, known already, or refused since one of the two cannot be joined.",
+    ["outcome"],
+)
+for _outcome in ("joined", "known", "refused"):
+    JOINS.labels(_outcome)
 EVENTS_BY_KIND: Final = Counter(
     "propensity_events_by_kind_total",
     "Sound events by their kind in the catalogue; unknown where no model knows their name.",
@@ -284,6 +304,12 @@ def tell() -> None:
 def batch_visitors() -> Held:
     """For the number of visitors that were scored together."""
     return Held(BATCH_VISITORS)
+
+
+@cache
+def said(what: str, outcome: str) -> Held:
+    """For what events said of persons, and what became of it."""
+    return Held(SAID.labels(what, outcome))
 
 
 @cache

@@ -9,11 +9,11 @@ import asyncio
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import perf_counter
 from typing import Final
 
-from service import metrics, scoring, tracing
+from service import joining, metrics, scoring, tracing
 from service.breaker import Breaker, State
 from service.core.bundle import Bundle
 from service.errors import Overloaded, ServiceError
@@ -42,7 +42,7 @@ Keep = Callable[[Bundle, Batch, Sequence[Score | ScoreFailure]], None]
 class Waiting:
     """A request on its way: where its answer goes, when it came and when it must be answered, by perf_counter."""
 
-    __slots__ = ("arrived", "deadline", "deliver", "is_done", "is_gone", "is_queued", "request")
+    __slots__ = ("arrived", "deadline", "deliver", "is_done", "is_gone", "is_queued", "owner", "request")
 
     def __init__(
         self, request: ScoreRequest, deliver: Deliver, arrived: float, deadline: float, is_queued: bool
@@ -51,6 +51,7 @@ class Waiting:
         self.is_queued = is_queued  # counts towards the length of the queue
         self.is_gone = False  # its client went away
         self.is_done = False  # it was answered
+        self.owner: str | None = None  # whom its visitor was joined into
 
 
 class _Flight:
@@ -59,12 +60,19 @@ class _Flight:
     `due` is when the next of it must be answered, and `judged` when the read counts as failed, by perf_counter.
     """
 
-    __slots__ = ("due", "group", "judged", "now_ms", "read", "started")
+    __slots__ = ("due", "group", "is_second", "judged", "now_ms", "read", "started")
 
     def __init__(
-        self, group: list[Waiting], read: asyncio.Future[Values], now_ms: int, started: float, judged: float
+        self,
+        group: list[Waiting],
+        read: asyncio.Future[Values],
+        now_ms: int,
+        started: float,
+        judged: float,
+        is_second: bool = False,
     ) -> None:
         self.group, self.read, self.now_ms, self.started, self.judged = group, read, now_ms, started, judged
+        self.is_second = is_second  # of those who were joined into others: it reads these
         self.due = min([one.deadline for one in group])
 
     def pass_on(self) -> None:
@@ -216,14 +224,19 @@ class Scorer:
             metrics.store_reads("skipped").add(1)
             self._finish(staying, None, now_ms, now)
             return
+        judged = max(now + self._deadline_s, max([one.deadline for one in staying]))
+        self._take_off(staying, [one.request.visitor_id for one in staying], now_ms, now, judged)
+
+    def _take_off(
+        self, group: list[Waiting], visitor_ids: list[str], now_ms: int, started: float, judged: float, *second: bool
+    ) -> None:
         try:
-            read = self._store.ask([one.request.visitor_id for one in staying])
+            read = self._store.ask(visitor_ids)
         except Exception as error:  # a bug: who asked hears of it
-            for one in staying:
+            for one in group:
                 self._deliver(one, error, Timing())
             return
-        judged = max(now + self._deadline_s, max([one.deadline for one in staying]))
-        flight = _Flight(staying, read, now_ms, now, judged)
+        flight = _Flight(group, read, now_ms, started, judged, *second)
         self._flights.add(flight)
         self._set_alarm(flight.due)
         read.add_done_callback(lambda _: self._land(flight))
@@ -278,8 +291,24 @@ class Scorer:
                 values = flight.read.result()
             else:
                 self._note_failure(str(error))
+        if values is not None and not flight.is_second and (owners := joining.owners(values)):
+            values = self._follow(flight, values, owners)
+            if not values:
+                return
         for group, known in _split(flight.group, values):
             self._finish(group, known, flight.now_ms, flight.started)
+
+    def _follow(self, flight: _Flight, values: Values, owners: Mapping[int, str]) -> Values:
+        """Ask for those whom some of a flight were joined into, who leave it; the values of the others."""
+        joined = {place: owner for place, owner in owners.items() if not flight.group[place].is_done}
+        if joined:
+            group = [flight.group[place] for place in joined]
+            for one, owner in zip(group, joined.values(), strict=True):
+                one.owner = owner
+            self._take_off(group, list(joined.values()), flight.now_ms, flight.started, flight.judged, True)
+        staying = [place for place in range(len(flight.group)) if place not in owners]
+        flight.group = [flight.group[place] for place in staying]
+        return [value for place in staying for value in values[2 * place : 2 * place + 2]]
 
     def _note_failure(self, why: str) -> None:
         self._breaker.failed()
@@ -310,7 +339,9 @@ class Scorer:
         try:
             for name, members, histories in _by_model(group, values):
                 degraded = ("store",) if values is None else ()
-                scored = self._score(name, Batch([one.request for one in members], histories, now_ms, degraded))
+                owners = [one.owner for one in members if one.owner is not None]  # of all or of none
+                batch = Batch([one.request for one in members], histories, now_ms, degraded, owners)
+                scored = self._score(name, batch)
                 metrics.stage("features").add(scored.features_ms / 1000)
                 metrics.stage("model").add(scored.model_ms / 1000)
                 for one, answer in zip(members, scored.answers, strict=True):

@@ -63,7 +63,11 @@ class Score:
     propensity: Annotated[float | None, Field(ge=0, le=1, description="Calibrated probability; null without a model.")]
     percentile: Annotated[
         float | None,
-        Field(ge=0, le=100, description="Percent of the scores of the week before training that are lower; null without a model."),
+        Field(
+            ge=0,
+            le=100,
+            description="Percent of the scores of the week before training that are lower; null without a model.",
+        ),
     ]
     segment: Annotated[str, Field(description="One of the segments.", json_schema_extra={"enum": list(SEGMENTS)})]
     model: Annotated[str | None, Field(description="Name of the model; null if none was asked for and none is loaded.")]
@@ -105,12 +109,16 @@ class Timing(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Requests for one model, with the histories of their visitors, at one moment."""
+    """Requests for one model, with the histories of their visitors, at one moment.
+
+    `owners` are whom these were joined into, of each request, where they were; otherwise there are none.
+    """
 
     requests: Sequence[ScoreRequest]
     histories: Sequence[History]
     now_ms: int
     degraded: tuple[str, ...] = ()
+    owners: Sequence[str] = ()
 
 
 class Scored(NamedTuple):

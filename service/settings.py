@@ -8,7 +8,7 @@ from typing import Annotated, Final
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from service import location
+from service import consent, identity, location
 from service.core.errors import PropensityError
 from service.logs import Format, Level
 
@@ -142,6 +142,17 @@ class Settings(BaseSettings):
         "model with a longer history may take to arrive.",
     )
 
+    phone_region: str | None = Field(
+        None,
+        description="Country of phone numbers that name none, two letters as DE. Without it such numbers are refused; "
+        "set it where nearly all customers are of one country.",
+    )
+    consent_categories: dict[str, list[str]] | None = Field(
+        None,
+        description="Purposes (ads, email, crm, analytics) that each category of your consent tool stands for, as "
+        'JSON: {"Targeting": ["ads", "email"]}. Without it Advertising stands for ads, and each purpose for itself.',
+    )
+
     log_format: Format = Field(
         "text", description="How the log on stderr looks: text for people, json with one object a line for collectors."
     )
@@ -155,6 +166,25 @@ class Settings(BaseSettings):
         if milliseconds not in OBJECTIVES_MS:
             raise ValueError(f"write one of {', '.join(map(str, OBJECTIVES_MS))}, which are bounds of buckets")
         return milliseconds
+
+    @field_validator("phone_region")
+    @classmethod
+    def _is_region(cls, country: str | None) -> str | None:
+        if country is None:
+            return None
+        region = identity.region_of(country)
+        if region is None:
+            raise ValueError("write a country as two letters of ISO 3166-1, as DE or US")
+        return region
+
+    @field_validator("consent_categories")
+    @classmethod
+    def _are_purposes(cls, categories: dict[str, list[str]] | None) -> dict[str, list[str]] | None:
+        if categories is None:
+            return None
+        if wrong := {purpose for purposes in categories.values() for purpose in purposes} - set(consent.PURPOSES):
+            raise ValueError(f"{min(wrong)!r} is no purpose; write some of {', '.join(consent.PURPOSES)}")
+        return categories
 
     @field_validator("redis_url")
     @classmethod

@@ -6,6 +6,8 @@ Keys, all beginning with the namespace NS:
   visitor's id percent-encoded (UTF-8; all but ASCII letters, digits and `_.-~`), so that no id can end the hash tag
   early or reach another key; the braces put both keys into one slot of a cluster. Both expire together, `retention`
   after the last write to either.
+- `NS:i:{ID}` what the visitor said: hashed identifiers and consents; see `service.consent`. `NS:l:{ID}` a set of the
+  anonymous visitors who are joined into this one. Their own keys begin with who that is; see `service.joining`.
 - `NS:scores` a stream of served scores, for whoever consumes them.
 - `NS:quarantine` a stream of refused events with their reason, which expires likewise.
 - `NS:p:*` and `NS:s:*` scores and segments by model, see `service.propensities`.
@@ -21,7 +23,7 @@ import asyncio
 import hashlib
 import json
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,13 +35,14 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import AskError, MovedError, RedisError, ResponseError
 
-from service import history, location, servers
+from service import consent, history, joining, location, servers
 from service.core.events import RECORD_BYTES
 from service.erasures import Erasures
 from service.errors import StoreError
 from service.history import MOST_EVENTS as MOST_EVENTS
 from service.history import History as History
 from service.history import compact_traits as compact_traits
+from service.joining import Linked, Login
 from service.location import Address, Kind, Location
 from service.members import Members
 from service.propensities import Propensities
@@ -91,11 +94,51 @@ return lengths
 # What else is asked of the server waits while one script runs; this many keys take it half a millisecond.
 _MOST_KEYS: Final = 200
 
-# What a value takes of memory, its length, whether the visitor's other value exists, and for how long it is kept.
+# What a value takes of memory, its length, whether the visitor's other value exists, and for how long it is kept. What
+# the visitor said, and who is joined into it, is kept no shorter.
 _WEIGH: Final = """
+local life = redis.call('PTTL', KEYS[1])
+for place = 3, 4 do
+  local left = redis.call('PTTL', KEYS[place])
+  if left >= 0 and left < life then redis.call('PEXPIRE', KEYS[place], life) end
+end
 local taken = redis.call('MEMORY', 'USAGE', KEYS[1]) or 0
-return {taken, redis.call('STRLEN', KEYS[1]), redis.call('EXISTS', KEYS[2]), redis.call('PTTL', KEYS[1])}
+return {taken, redis.call('STRLEN', KEYS[1]), redis.call('EXISTS', KEYS[2]), life}
 """
+
+# Notes in KEYS[2] that ARGV[1] is about to be joined into the visitor whose events KEYS[1] has. Returns 1; 0 if that
+# one is joined into another itself, and -1 if there are ARGV[3] already. ARGV[2] begins what is joined.
+_NOTE_JOINED: Final = """
+local value = redis.call('GET', KEYS[1]) or ''
+if string.sub(value, 1, #ARGV[2]) == ARGV[2] then return 0 end
+if redis.call('SISMEMBER', KEYS[2], ARGV[1]) == 0 and redis.call('SCARD', KEYS[2]) >= tonumber(ARGV[3]) then
+  return -1
+end
+redis.call('SADD', KEYS[2], ARGV[1])
+redis.call('PEXPIRE', KEYS[2], ARGV[4])
+return 1
+"""
+
+# Puts the head ARGV[2] before three values, or in place of the head ARGV[1] that they begin with. Returns 1; 0 if they
+# begin otherwise by now, and -1 if somebody is joined into this visitor. ARGV[3] begins any head.
+_LINK: Final = """
+if redis.call('SCARD', KEYS[4]) > 0 then return -1 end
+local values = {}
+for place = 1, 3 do
+  local value = redis.call('GET', KEYS[place]) or ''
+  if string.sub(value, 1, #ARGV[3]) == ARGV[3] then
+    if ARGV[1] == '' or string.sub(value, 1, #ARGV[1]) ~= ARGV[1] then return 0 end
+    value = string.sub(value, #ARGV[1] + 1)
+  elseif place == 1 and ARGV[1] ~= '' then
+    return 0
+  end
+  values[place] = ARGV[2] .. value
+end
+for place = 1, 3 do redis.call('SET', KEYS[place], values[place], 'PX', ARGV[4]) end
+return 1
+"""
+# Two processes may join the same visitor at once; each try is a few round trips.
+_MOST_TRIES: Final = 5
 
 # Gives KEYS[1] to ARGV[1] for ARGV[2] milliseconds, unless it is another's.
 _LEASE: Final = """
@@ -114,6 +157,13 @@ class Quarantined(NamedTuple):
     received_ms: int
     visitor_ids: Sequence[str]
     event: str
+
+
+class Family(NamedTuple):
+    """A visitor, and the anonymous ones who are joined into it: one person under several ids."""
+
+    visitor_id: str
+    joined: Sequence[str]
 
 
 class Store:
@@ -183,10 +233,14 @@ class Store:
         return f"{self._namespace}:e:{{{tag}}}", f"{self._namespace}:t:{{{tag}}}"
 
     async def read(self, visitor_ids: Sequence[str]) -> list[History]:
-        """The history of each visitor, empty where there is none; one round trip."""
+        """The history of each visitor, empty where there is none; of who was joined into another, that one's."""
         if not visitor_ids:
             return []
         values = await self._values(visitor_ids, self._servers.run)
+        if owners := joining.owners(values):
+            found = await self._values(list(owners.values()), self._servers.run)
+            for place, *pair in zip(owners, found[::2], found[1::2], strict=True):
+                values[2 * place : 2 * place + 2] = pair
         if UNREAD in values:
             raise StoreError("a server of the feature cache refuses to read; try again later")
         return [history.unfold(*pair) for pair in zip(values[::2], values[1::2], strict=True)]
@@ -194,9 +248,9 @@ class Store:
     def ask(self, visitor_ids: Sequence[str]) -> asyncio.Future[Values]:
         """The events and traits of each visitor in turn, as they are stored, None where there are none.
 
-        `history.unfold` makes a History of the two. Where some servers of a cluster do not answer, those of their
-        visitors are UNREAD. The future fails with StoreError, and is cancelled if the connection is dropped. Who
-        cancels it says that it took too long.
+        `history.unfold` makes a History of the two. Who is in `joining.owners` was joined into another, who is asked
+        for next. Where some servers of a cluster do not answer, those of their visitors are UNREAD. The future fails
+        with StoreError, and is cancelled if the connection is dropped. Who cancels it says that it took too long.
         """
         if self._network.is_cluster:
             return asyncio.create_task(self._values(visitor_ids, self._servers.run_partly))
@@ -294,18 +348,35 @@ class Store:
 
     def _visitor_id(self, key: bytes) -> str | None:
         """The visitor that a key has the events of."""
-        prefix = f"{self._namespace}:e:{{".encode()
-        return unquote(key[len(prefix) : -1].decode(), errors="surrogatepass") if key.startswith(prefix) else None
+        return self._owner_of(key.decode()) if key.startswith(f"{self._namespace}:e:{{".encode()) else None
+
+    def _owner_of(self, key: str) -> str:
+        """The visitor that a key of one is of."""
+        return unquote(key[len(self._namespace) + len(":e:{") : -1], errors="surrogatepass")
 
     async def erase(self, visitor_id: str) -> bool:
-        """Delete everything that is kept of a visitor, refused events too. Returns whether there was anything."""
-        deleted = sum(await self._run(*(("DEL", key) for key in self.keys(visitor_id))))
-        deleted += await self._erase_quarantined(visitor_id)
-        deleted += await self._erase_scores(visitor_id)
+        """Delete everything that is kept of a person, refused events too. Returns whether there was anything.
+
+        The person is the visitor with all of `family`. Cut off and begun again it ends the same: who was asked for
+        goes last, after what tells who else is meant.
+        """
+        owner, joined = await self.family(visitor_id)
+        names = {owner, *joined, visitor_id}
+        deleted = await self._erase_quarantined(names)
+        deleted += await self._erase_scores(names)
+        for name in sorted(names - {visitor_id}):
+            deleted += await self._erase_one(name)
+        await self._leave_shared(owner)
+        await self._run(("DEL", self._joined_key(owner)))
+        deleted += await self._erase_one(visitor_id)
+        return bool(deleted)
+
+    async def _erase_one(self, visitor_id: str) -> int:
+        """Delete a visitor's own keys, then note that, then take it out of all sets: `service.erasures` says why."""
+        deleted: int = sum(await self._run(*(("DEL", key) for key in self._all_keys(visitor_id))))
         await Erasures(self).note(visitor_id)
         deleted += await Propensities(self).forget([visitor_id])
-        deleted += await Members(self).forget([visitor_id])
-        return bool(deleted)
+        return deleted + await Members(self).forget([visitor_id])
 
     async def log_scores(self, entries: Sequence[bytes], length: int) -> None:
         """Add entries of served scores, JSON lines, to their stream; about the latest `length` entries are kept."""
@@ -349,28 +420,31 @@ class Store:
     def _quarantine_key(self) -> str:
         return f"{self._namespace}:quarantine"
 
-    async def _erase_quarantined(self, visitor_id: str) -> int:
-        wanted, start, deleted = quote(visitor_id, safe="", errors="surrogatepass").encode(), "-", 0
+    async def _erase_quarantined(self, names: Collection[str]) -> int:
+        wanted = {quote(name, safe="", errors="surrogatepass").encode() for name in names}
+        start, deleted = "-", 0
         while True:
             (entries,) = await self._run(("XRANGE", self._quarantine_key, start, "+", "COUNT", _PAGE))
             if not entries:
                 return deleted
-            found = [entry for entry, fields in entries if wanted in fields.get(b"visitors", b"").split()]
+            found = [entry for entry, fields in entries if wanted.intersection(fields.get(b"visitors", b"").split())]
             if found:
                 deleted += sum(await self._run(("XDEL", self._quarantine_key, *found)))
             start = f"({entries[-1][0].decode()}"
 
-    async def _erase_scores(self, visitor_id: str) -> int:
-        """Take a visitor's lines out of the stream; the other lines of an entry come again, as a later entry."""
-        told, start, deleted = json.dumps(visitor_id, ensure_ascii=False), "-", 0
-        needle = f'"visitor_id":{told},'.encode("utf-8", "surrogatepass")
+    async def _erase_scores(self, names: Collection[str]) -> int:
+        """Take visitors' lines out of the stream; the other lines of an entry come again, as a later entry."""
+        start, deleted = "-", 0
+        needles = [
+            f'"visitor_id":{json.dumps(name, ensure_ascii=False)},'.encode("utf-8", "surrogatepass") for name in names
+        ]
         while True:
             (entries,) = await self._run(("XRANGE", self._scores_key, start, "+", "COUNT", _PAGE))
             if not entries:
                 return deleted
             for name, fields in entries:
                 lines = fields.get(b"scores", b"").split(b"\n")
-                others = [line for line in lines if needle not in line]
+                others = [line for line in lines if not any(needle in line for needle in needles)]
                 if len(others) < len(lines):
                     deleted += len(lines) - len(others)
                     again = [("XADD", self._scores_key, "*", "scores", b"\n".join(others))] if others else []
@@ -386,14 +460,190 @@ class Store:
 
     async def _trim(self, keys: Sequence[str], now_ms: int) -> None:
         """Compact values, but those that change meanwhile other than by growing; the next append sees to them then."""
-        changes = []
+        changes, linked = [], set()
         for key, value in zip(keys, await self._run(*(("GET", key) for key in keys)), strict=True):
             known = value or b""
+            if joining.is_linked(known):
+                linked.add(self._owner_of(key))
+                continue
             is_events = key.startswith(f"{self._namespace}:e:")
             kept = history.trim_events(known) if is_events else history.compact_traits(known, now_ms)
             if len(kept) < len(known):
                 changes.append(_Change(key, known, kept))
         await self._run(*(_replacement([change]) for change in changes))
+        for visitor_id in sorted(linked):
+            await self.settle(visitor_id, now_ms)
+
+    # --- what visitors said, see `service.consent` ---
+
+    async def said(self, visitor_ids: Sequence[str]) -> list[bytes | None]:
+        """What each visitor said, as records; None of one who was joined into another."""
+        replies = await self._servers.run([("GET", self._said_key(visitor_id)) for visitor_id in visitor_ids])
+        values = [b"" if isinstance(reply, Refusal) and reply.is_wrong_type else _granted(reply) for reply in replies]
+        return [None if joining.is_linked(value) else value or b"" for value in values]
+
+    async def append_said(self, additions: Mapping[str, bytes], now_ms: int) -> set[str]:
+        """Add to what visitors said, in one round trip. Returns those who have something else under the key."""
+        keys = [self._said_key(visitor_id) for visitor_id in additions]
+        lengths = await self._append(keys, list(additions.values()))
+        most = consent.MOST_BYTES
+        grown = [
+            visitor_id
+            for (visitor_id, blob), length in zip(additions.items(), lengths, strict=True)
+            if length > 0 and (length % consent.RECORD_BYTES or (length - len(blob)) // most < length // most)
+        ]
+        if grown:
+            await self._trim_said(grown, now_ms)
+        return {visitor_id for visitor_id, length in zip(additions, lengths, strict=True) if length < 0}
+
+    async def _trim_said(self, visitor_ids: Sequence[str], now_ms: int) -> None:
+        keys = [self._said_key(visitor_id) for visitor_id in visitor_ids]
+        changes = []
+        for visitor_id, key, value in zip(
+            visitor_ids, keys, await self._run(*(("GET", key) for key in keys)), strict=True
+        ):
+            if joining.is_linked(value):
+                await self.settle(visitor_id, now_ms)
+            elif value:
+                changes.append(_Change(key, value, consent.compact(value, now_ms)))
+        await self._run(*(_replacement([change]) for change in changes))
+
+    # --- joining an anonymous visitor with a known one, see `service.joining` ---
+
+    async def join(self, logins: Sequence[tuple[str, Login]], now_ms: int) -> list[str]:
+        """Join anonymous visitors into who they logged in as. Returns `joined`, `known` or `refused` for each.
+
+        It is `known` where it changes nothing, and `refused` where one of the two cannot be joined: others are joined
+        into the anonymous one, so that it is a known one itself, or too many into the known one. Cut off at any point
+        and begun again, it ends the same. Raises StoreError.
+        """
+        links = await self._links([name for anonymous, login in logins for name in (anonymous, login.visitor_id)])
+        outcomes = []
+        for (anonymous, login), linked, other in zip(logins, links[::2], links[1::2], strict=True):
+            owner = other.owner if other else login.visitor_id
+            if owner == anonymous:
+                outcomes.append("known")
+            elif linked and joining.owner_at(linked.logins, login.ts_ms) == owner:
+                if linked.tail:
+                    await self.settle(anonymous, now_ms)
+                outcomes.append("known")
+            else:
+                outcomes.append(await self._join(anonymous, login, now_ms))
+        return outcomes
+
+    async def _join(self, anonymous: str, login: Login, now_ms: int) -> str:
+        for _ in range(_MOST_TRIES):
+            linked, other = await self._links([anonymous, login.visitor_id])
+            owner = other.owner if other else login.visitor_id
+            known = linked.logins if linked else ()
+            logins = joining.with_login(known, Login(login.ts_ms, owner))
+            if owner == anonymous or logins == known:
+                await self.settle(anonymous, now_ms)
+                return "known"
+            # First who is joined into the owner, so that erasing it reaches them; then, in one step, the link itself.
+            if (noted := await self._note_joined(anonymous, owner)) < 0:
+                return "refused"
+            done = await self._link(anonymous, linked.head if linked else b"", joining.head(logins)) if noted else 0
+            if done < 0:
+                await self._run(("SREM", self._joined_key(owner), anonymous))
+                return "refused"
+            if done:
+                await self.settle(anonymous, now_ms)
+                await Propensities(self).forget([anonymous])  # the score is of whom it belongs to from now on
+                return "joined"
+        raise StoreError("a visitor is being joined by others at this moment; try again later")
+
+    async def _note_joined(self, anonymous: str, owner: str) -> int:
+        keys = self.keys(owner)[0], self._joined_key(owner)
+        given = anonymous.encode("utf-8", "surrogatepass"), joining.MAGIC, joining.MOST_JOINED, self._retention_ms
+        (reply,) = await self._servers.run([("EVAL", _NOTE_JOINED, len(keys), *keys, *given)])
+        return -1 if isinstance(reply, Refusal) and reply.is_wrong_type else int(_granted(reply))
+
+    async def _link(self, visitor_id: str, old: bytes, new: bytes) -> int:
+        keys = *self._all_keys(visitor_id), self._joined_key(visitor_id)
+        given = old, new, joining.MAGIC, self._retention_ms
+        (reply,) = await self._servers.run([("EVAL", _LINK, len(keys), *keys, *given)])
+        return -1 if isinstance(reply, Refusal) and reply.is_wrong_type else int(_granted(reply))
+
+    async def settle(self, visitor_id: str, now_ms: int) -> None:
+        """Move what was added to a joined visitor to whom it belongs; nothing to do for any other.
+
+        It is added there first and then taken away here, so that cut off in between it is in both places, which counts
+        once: doubles are dropped when read. What is added meanwhile stays for the next time.
+        """
+        keys = self._all_keys(visitor_id)
+        for _ in range(_MOST_TRIES):
+            values = [value or b"" for value in await self._run(*(("GET", key) for key in keys))]
+            parts = [joining.split(value) for value in values]
+            linked = next(filter(None, parts), None)
+            tails = [value if part is None else part.tail for part, value in zip(parts, values, strict=True)]
+            if linked is None or not any(tails):
+                return
+            if not await self._hand_over(linked.logins, *tails, now_ms=now_ms):
+                return
+            changes = [_Change(key, value, linked.head) for key, value in zip(keys, values, strict=True) if value]
+            (reply,) = await self._servers.run([_replacement(changes)])
+            if reply and not isinstance(reply, Refusal):
+                return
+
+    async def _hand_over(
+        self, logins: Sequence[Login], stored: bytes, traits: bytes, said: bytes, *, now_ms: int
+    ) -> bool:
+        """Give records to whom they belong by their time. False if something else is under a key of theirs."""
+        known = history.unfold(stored, traits)
+        events = dict(joining.by_owner(logins, known.events, RECORD_BYTES)) if known.events else {}
+        traits_of = dict(joining.by_owner(logins, known.traits, RECORD_BYTES)) if known.traits else {}
+        said_by = dict(joining.by_owner(logins, said, consent.RECORD_BYTES)) if said else {}
+        owners = sorted({*events, *traits_of})
+        additions = {owner: History(events.get(owner, b""), traits_of.get(owner, b"")) for owner in owners}
+        unfit = bool(additions and await self.append(additions, now_ms))
+        unfit |= bool(said_by and await self.append_said(said_by, now_ms))
+        # An owner is told who is joined into it for as long as they are.
+        keys = {self._joined_key(login.visitor_id) for login in logins}
+        await self._run(*(("PEXPIRE", key, self._retention_ms) for key in sorted(keys)))
+        return not unfit
+
+    async def family(self, visitor_id: str) -> Family:
+        """Who a visitor is, itself or whom it was joined into, and all anonymous ones that are joined into that one."""
+        (linked,) = await self._links([visitor_id])
+        owner = linked.owner if linked else visitor_id
+        noted = await self._noted_joined(owner)
+        return Family(owner, [name for name, one in noted.items() if one is not None and one.owner == owner])
+
+    async def _noted_joined(self, owner: str) -> dict[str, Linked | None]:
+        """Who was to be joined into a visitor, in order, and what their events begin with."""
+        (reply,) = await self._servers.run([("SMEMBERS", self._joined_key(owner))])
+        found = () if isinstance(reply, Refusal) and reply.is_wrong_type else _granted(reply)
+        names = sorted(name.decode("utf-8", "surrogatepass") for name in found)
+        return dict(zip(names, await self._links(names), strict=True))
+
+    async def _links(self, visitor_ids: Sequence[str]) -> list[Linked | None]:
+        """Into whom each visitor was joined, None where it was not."""
+        if not visitor_ids:
+            return []
+        replies = await self._servers.run([("GET", self.keys(visitor_id)[0]) for visitor_id in visitor_ids])
+        return [
+            None if isinstance(reply, Refusal) and reply.is_wrong_type else joining.split(_granted(reply))
+            for reply in replies
+        ]
+
+    async def _leave_shared(self, owner: str) -> None:
+        """Take a visitor out of the logins of those who were joined into another one later."""
+        for name, linked in (await self._noted_joined(owner)).items():
+            if linked is not None and linked.owner != owner:
+                logins = [login for login in linked.logins if login.visitor_id != owner]
+                if len(logins) < len(linked.logins):
+                    await self._link(name, linked.head, joining.head(logins))
+
+    def _said_key(self, visitor_id: str) -> str:
+        return f"{self._namespace}:i:{{{tag_of(visitor_id)}}}"
+
+    def _joined_key(self, visitor_id: str) -> str:
+        return f"{self._namespace}:l:{{{tag_of(visitor_id)}}}"
+
+    def _all_keys(self, visitor_id: str) -> tuple[str, str, str]:
+        """The keys of a visitor's events, traits, and what it said."""
+        return *self.keys(visitor_id), self._said_key(visitor_id)
 
     # --- compaction of visitors at rest, see `service.workers.compaction` ---
 
@@ -442,10 +692,12 @@ class Store:
         """
         loose = await self._loose(keys, rest_ms)
         stored = await self._servers.run([("MGET", *pair) for pair in loose])
-        changes = []
+        changes: list[list[_Change]] = []
         for (pair, is_spacious), values in zip(loose.items(), stored, strict=True):
             known = [value or b"" for value in values] if isinstance(values, list) else []
-            if any(known):
+            if any(map(joining.is_linked, known)):
+                await self.settle(self._owner_of(pair[0]), now_ms)
+            elif any(known):
                 kept = history.fold(known[0], known[1], now_ms)
                 if is_spacious or kept != tuple(known):
                     changes.append([_Change(*change) for change in zip(pair, known, kept, strict=True) if change[1]])
@@ -463,7 +715,7 @@ class Store:
         """Both keys of each visitor at rest that may be worth storing anew; True where that spares memory for sure."""
         pairs = [self._pair(key) for key in keys]
         asked = [
-            ("EVAL", _WEIGH, 2, *(pair if key == pair[0] else pair[::-1]))
+            ("EVAL", _WEIGH, 4, *(pair if key == pair[0] else pair[::-1]), *self._beside(key))
             for key, pair in zip(keys, pairs, strict=True)
         ]
         loose: dict[tuple[str, str], bool] = {}
@@ -481,6 +733,11 @@ class Store:
         """Both keys of the visitor that has this one."""
         rest = key[len(self._namespace) + 2 :]
         return f"{self._namespace}:e{rest}", f"{self._namespace}:t{rest}"
+
+    def _beside(self, key: str) -> tuple[str, str]:
+        """The keys of what the visitor that has this one said, and of who is joined into it."""
+        rest = key[len(self._namespace) + 2 :]
+        return f"{self._namespace}:i{rest}", f"{self._namespace}:l{rest}"
 
 
 class _Change(NamedTuple):

@@ -137,10 +137,9 @@ def _scored(directories: Sequence[Path], artifacts: Path) -> tuple[list[Snapshot
 @asynccontextmanager
 async def _lists(bundles: Mapping[str, Bundle]) -> AsyncIterator[tuple[Lists, Scores]]:
     """Where members and scores are kept: the feature cache of the service with the same settings."""
+    from service.app import open_store
     from service.members import Members
     from service.propensities import Propensities
-
-    from service.app import open_store
     from service.settings import load
 
     settings = load()

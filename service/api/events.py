@@ -14,9 +14,11 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 from pydantic_core import to_json
 
-from service import ingest, metrics, tracing
+from service import door as doors
+from service import identity, ingest, metrics, tracing
 from service.api.body import JSONRoute
-from service.api.state import CurrentModels, CurrentSettings, CurrentStore
+from service.api.state import CurrentDoor, CurrentModels, CurrentSettings, CurrentStore
+from service.door import Door
 from service.errors import InvalidRequest, ModelNotReady, Place, RefusedEvent, TooLarge, answers
 from service.ingest import Accepted, Catalogue, Ignored, Refused
 from service.models import Models
@@ -108,18 +110,23 @@ _WHOLLY_ACCEPTED: Final = b'{"status":"accepted"}'
     summary="Send events",
 )
 async def send_events(
-    request: Request, body: AnyEvents, store: CurrentStore, models: CurrentModels, settings: CurrentSettings
+    request: Request,
+    body: AnyEvents,
+    store: CurrentStore,
+    models: CurrentModels,
+    door: CurrentDoor,
+    settings: CurrentSettings,
 ) -> Response:
     """Take one event, or many as `{"batch": [...]}`, each with its own result.
 
     What is accepted is in the next score. Events with a timestamp can be sent again without harm. After
     503 nothing is certain; send all again.
     """
-    content = await take(body, len(await request.body()), store, models, settings)
+    content = await take(body, len(await request.body()), store, models, door, settings)
     return Response(content, media_type="application/json")
 
 
-async def take(body: object, size: int, store: Store, models: Models, settings: Settings) -> bytes:
+async def take(body: object, size: int, store: Store, models: Models, door: Door, settings: Settings) -> bytes:
     """Store the events of a decoded body of `size` bytes, and give the EventsOut that answers it, as JSON.
 
     Raises ServiceErrors for what the body is not, for a single event that is refused, and where the store fails.
@@ -132,9 +139,11 @@ async def take(body: object, size: int, store: Store, models: Models, settings: 
     limit = settings.event_bytes if size > settings.event_bytes else None
     if is_alone and limit is not None:
         raise TooLarge(f"an event may have {limit} bytes; keep to what models and reports read")
-    outcomes = [_judge(models.catalogue, event, limit, now_ms) for event in batch]
+    outcomes = [_judge(models.catalogue, door, event, limit, now_ms) for event in batch]
     with tracing.stage("store"):
         outcomes = await _keep(store, outcomes, now_ms)
+        outcomes = await _keep_said(store, outcomes, now_ms)
+        await _join(store, outcomes, now_ms)
         counts = Counter(map(type, outcomes))
         if counts[Refused]:
             await _quarantine(store, batch, outcomes, now_ms, settings.quarantine_length)
@@ -164,10 +173,13 @@ def _events(body: object, most: int) -> Sequence[object]:
     return body["batch"]
 
 
-def _judge(catalogue: Catalogue, event: object, limit: int | None, now_ms: int) -> Outcome:
+def _judge(catalogue: Catalogue, door: Door, event: Any, limit: int | None, now_ms: int) -> Outcome:
     if limit is not None and len(_ENCODER.encode(event)) > limit:
         return Refused("size", f"an event may have {limit} bytes; keep to what models and reports read")
-    return ingest.parse(catalogue, event, now_ms)
+    outcome = ingest.parse(catalogue, event, now_ms)
+    if isinstance(outcome, Refused) or not doors.speaks(event):
+        return outcome
+    return doors.take(door, event, outcome, now_ms, lambda what, became: metrics.said(what, became).add(1))
 
 
 async def _keep(store: Store, outcomes: list[Outcome], now_ms: int) -> list[Outcome]:
@@ -190,6 +202,41 @@ async def _keep(store: Store, outcomes: list[Outcome], now_ms: int) -> list[Outc
     ]
 
 
+async def _keep_said(store: Store, outcomes: list[Outcome], now_ms: int) -> list[Outcome]:
+    """Store what was said of persons."""
+    parts: dict[str, list[bytes]] = {}
+    for outcome in outcomes:
+        if isinstance(outcome, Accepted) and outcome.said:
+            parts.setdefault(outcome.visitor_id, []).append(outcome.said)
+    if not parts:
+        return outcomes
+    lost = await store.append_said({name: b"".join(said) for name, said in parts.items()}, now_ms)
+    return [
+        _without_said(outcome)
+        if isinstance(outcome, Accepted) and outcome.said and outcome.visitor_id in lost
+        else outcome
+        for outcome in outcomes
+    ]
+
+
+def _without_said(outcome: Accepted) -> Outcome:
+    """What became of an event whose visitor could not be given what it says of a person."""
+    advice = "the visitor's key of identifiers in the feature cache holds something else; delete it"
+    if outcome.events or outcome.traits:
+        return msgspec.structs.replace(outcome, message=f"its identifiers and consents are not kept: {advice}")
+    return Refused("unfit", advice)
+
+
+async def _join(store: Store, outcomes: Sequence[Outcome], now_ms: int) -> None:
+    """Join anonymous visitors into those they logged in as, after all that the events left is stored."""
+    logins = dict.fromkeys(
+        outcome.login for outcome in outcomes if isinstance(outcome, Accepted) and outcome.login is not None
+    )
+    if logins:
+        for became in await store.join(list(logins), now_ms):
+            metrics.JOINS.labels(became).inc()
+
+
 def _without(outcome: Accepted, lost: History) -> Outcome:
     """What became of an event whose visitor could not be given all of its records."""
     if lost.events and outcome.events:
@@ -206,7 +253,7 @@ async def _quarantine(
     store: Store, batch: Sequence[object], outcomes: Sequence[Outcome], now_ms: int, length: int
 ) -> None:
     refused = [
-        Quarantined(outcome.reason, outcome.message, now_ms, ingest.visitor_ids(event), to_json(event).decode())
+        Quarantined(outcome.reason, outcome.message, now_ms, ingest.visitor_ids(event), _told(event))
         for event, outcome in zip(batch, outcomes, strict=True)
         if isinstance(outcome, Refused) and outcome.reason != "size"
     ]
@@ -214,10 +261,15 @@ async def _quarantine(
         logger.warning("%d refused events are not kept: the key of the quarantine holds something else", len(refused))
 
 
+def _told(event: object) -> str:
+    """An event as JSON, without addresses and numbers of people."""
+    return to_json(identity.redacted(event)).decode()
+
+
 def _by_visitor(outcomes: Sequence[Outcome]) -> Mapping[str, History]:
     parts: dict[str, list[Accepted]] = {}
     for outcome in outcomes:
-        if isinstance(outcome, Accepted):
+        if isinstance(outcome, Accepted) and (outcome.events or outcome.traits):
             parts.setdefault(outcome.visitor_id, []).append(outcome)
     return {visitor_id: _together(kept) for visitor_id, kept in parts.items()}
 

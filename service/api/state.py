@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, TypedDict, cast
 
 from fastapi import Depends, Request
 
+from service.door import Door
 from service.lifecycle import Lifecycle
 from service.members import Members
 from service.models import Models
@@ -25,6 +26,7 @@ class State(TypedDict):
 
     settings: Settings
     models: Models
+    door: Door
     store: Store
     scorer: Scorer
     score_log: ScoreLog
@@ -47,6 +49,10 @@ async def _settings(request: Request) -> Settings:
 
 async def _models(request: Request) -> Models:
     return state_of(request)["models"]
+
+
+async def _door(request: Request) -> Door:
+    return state_of(request)["door"]
 
 
 async def _store(request: Request) -> Store:
@@ -75,6 +81,7 @@ async def _lifecycle(request: Request) -> Lifecycle:
 
 CurrentSettings = Annotated[Settings, Depends(_settings)]
 CurrentModels = Annotated[Models, Depends(_models)]
+CurrentDoor = Annotated[Door, Depends(_door)]
 CurrentStore = Annotated[Store, Depends(_store)]
 CurrentScorer = Annotated[Scorer, Depends(_scorer)]
 CurrentScoreLog = Annotated[ScoreLog, Depends(_score_log)]

@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from service import tracing
 from service.api.state import CurrentModels, CurrentStore
+from service.consent import Identities
 from service.core import events
 from service.core.bundle import Bundle
 from service.core.events import TRAIT_TEXT
@@ -65,23 +66,39 @@ class TraitKnown(BaseModel):
     since: str
 
 
+class IdentityOut(BaseModel):
+    """Under which ids a person is known, what can be matched with platforms, and what was agreed to."""
+
+    visitor_id: str = Field(description="The visitor itself, or whom it was joined into when it logged in.")
+    joined: list[str] = Field(description="Anonymous visitors who are joined into that one.")
+    forms: list[str] = Field(description="Identifiers that are known, by their form; the hashes are not shown.")
+    rules: str | None = Field(description="Version of the rules of the oldest hash; null without any.")
+    consents: dict[str, bool] = Field(description="By purpose; false where nothing was said.")
+
+
 class VisitorOut(BaseModel):
     """What is known of a visitor at this moment."""
 
-    visitor_id: str
+    visitor_id: str = Field(description="The visitor that was asked for.")
     at: str = Field(description="The moment that all of this holds for, RFC 3339 in UTC with milliseconds.")
     events: EventsKnown
     traits: dict[str, TraitKnown]
     features: dict[str, dict[str, float | None]] = Field(
         description="By model, what it would be asked with now and without a context; null is a missing value."
     )
+    identity: IdentityOut
 
 
 @router.get("/{visitor_id:anything}", responses=answers(404, 422, 503), summary="What is known of a visitor")
 async def get_visitor(visitor_id: VisitorId, store: CurrentStore, models: CurrentModels) -> VisitorOut:
-    """Events by kind, traits, and the features of now. A visitor who was never seen has none, which is no error."""
+    """Events by kind, traits, the features of now, identifiers and consents, of all ids of the person together.
+
+    A visitor who was never seen has none, which is no error.
+    """
     with tracing.stage("store"):
         [history] = await store.read([visitor_id])
+        person = await store.family(visitor_id)
+        [known] = await Identities(store).read([person.visitor_id])
     now_ms = unix_ms()
     return VisitorOut(
         visitor_id=visitor_id,
@@ -89,12 +106,22 @@ async def get_visitor(visitor_id: VisitorId, store: CurrentStore, models: Curren
         events=_events(models.catalogue, history, now_ms),
         traits=dict(_traits(models, history, now_ms)),
         features={name: _features(bundle, history, now_ms) for name, bundle in models.bundles.items()},
+        identity=IdentityOut(
+            visitor_id=person.visitor_id,
+            joined=list(person.joined),
+            forms=list(known.identifiers),
+            rules=known.rules or None,
+            consents=dict(known.consents),
+        ),
     )
 
 
 @router.delete("/{visitor_id:anything}", status_code=204, responses=answers(404, 422, 503), summary="Forget a visitor")
 async def erase_visitor(visitor_id: VisitorId, store: CurrentStore) -> Response:
-    """Erase events, traits and quarantined events. 204 also where nothing was known."""
+    """Erase events, traits, identifiers, consents and quarantined events, of all ids of the person.
+
+    204 also where nothing was known.
+    """
     with tracing.stage("store"):
         await store.erase(visitor_id)
     return Response(status_code=204)

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from service import models
+from service.breaker import State
 from service.core import events
 from service.errors import Overloaded, UnknownModel
+from service.joining import Login
 from service.models import Models
 from service.pace import GROUP
 from service.reader import Values
@@ -329,3 +331,39 @@ async def test_many_batches_at_once_leave_single_scores_their_turn(
     batches = [scorer.score([ScoreRequest(f"v{row}") for row in range(300)]) for _ in range(8)]
     assert [len(outcomes) for outcomes in await asyncio.gather(*batches)] == [300] * 8
     assert most == GROUPS_OF_BATCHES
+
+
+async def test_of_many_at_once_the_joined_ones_are_scored_as_those_whom_they_were_joined_into(
+    store: Store, loaded: Models
+) -> None:
+    scorer, count = scorer_of(store, loaded), 200
+    await store.append({f"u{row}": events_of(row % 40) for row in range(count)}, NOW_MS)
+    await store.join([(f"a{row}", Login(NOW_MS, f"u{row}")) for row in range(count)], NOW_MS)
+    names = [f"{side}{row}" for row in range(count) for side in "au"]
+    answers = await asyncio.gather(*(asked(scorer, name) for name in names))
+    assert [answer.visitor_id for answer in answers] == names
+    assert [answer.events for answer in answers] == [row % 40 for row in range(count) for _ in "au"]
+    assert [one.propensity for one in answers[::2]] == [one.propensity for one in answers[1::2]]
+    assert scorer.waiting == 0
+
+
+async def test_a_joined_visitor_whose_second_read_hangs_is_scored_without_it_in_time(
+    own_store: Store, own_redis_server: RedisServer, loaded: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await own_store.join([("joined", Login(NOW_MS, "a"))], NOW_MS)
+    scorer, ask = scorer_of(own_store, loaded, deadline_ms=200, breaker_failures=1), own_store.ask
+    assert (await asked(scorer, "joined")).events == 3
+
+    def stop_before_the_second(visitor_ids: Sequence[str]) -> asyncio.Future[Values]:
+        if visitor_ids == ["a"]:
+            stop(own_redis_server)
+        return ask(visitor_ids)
+
+    monkeypatch.setattr(own_store, "ask", stop_before_the_second)
+    started = time.perf_counter()
+    answer = await asked(scorer, "joined")
+    assert 0.15 < time.perf_counter() - started < 1
+    assert (answer.visitor_id, answer.events, answer.degraded) == ("joined", 0, ["store"])
+    assert scorer.breaker_state is not State.CLOSED
+    resume(own_redis_server)
+    scorer.close()
