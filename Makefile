@@ -2,6 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
+.PHONY: help setup setup-dev run test lint format examples load bench bench-audiences bench-features bench-ingest bench-memory bench-members bench-training bench-tracing drift-proof hysteresis-proof rules faults fresh-run lock image dashboards observe traffic preview clean system again
 .PHONY: help setup setup-dev run test lint format examples load bench bench-features bench-ingest bench-memory bench-members bench-training bench-tracing drift-proof rules faults fresh-run lock image dashboards observe traffic preview clean system again
 .PHONY: help setup setup-dev run test lint format examples load bench bench-features bench-ingest bench-memory bench-training bench-tracing drift-proof hysteresis-proof rules faults fresh-run lock image dashboards observe traffic preview clean system again
 .PHONY: help setup setup-dev run test lint format examples load bench bench-audiences bench-features bench-ingest bench-memory bench-training bench-tracing drift-proof hysteresis-proof rules faults fresh-run lock image dashboards observe traffic preview clean system again
