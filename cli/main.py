@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import typer
 
-from cli import audiences, drift, offline, online
+from cli import audiences, drift, offline, online, score
 from service.core.errors import PropensityError
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 offline.register(app)
 online.register(app)
+score.register(app)
 drift.register(app)
 audiences.register(app)
 

@@ -41,7 +41,7 @@ def simulate(
     need("training.simulate")
     from training import simulate as simulation
 
-    shop = simulation.sized(simulation.Shop(days=days, seed=seed, end=_moment(end)), events)
+    shop = simulation.sized(simulation.Shop(days=days, seed=seed, end=moment(end)), events)
     path = out / f"events.{format}"
     with stages() as report:
         summary = simulation.simulate(
@@ -141,7 +141,8 @@ def features(
     console.print(f"{rows:,} rows in {out}", markup=False)
 
 
-def _moment(text: str) -> datetime.datetime:
+def moment(text: str) -> datetime.datetime:
+    """A moment as ISO 8601 writes it, in UTC unless it says, or `now`."""
     if text == "now":
         return datetime.datetime.now(datetime.UTC)
     try:

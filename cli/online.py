@@ -1,4 +1,4 @@
-"""Commands around the running service: serve, replay, score, models."""
+"""Commands around the running service: serve, replay, models, compact; and how it is asked."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from service.core.errors import PropensityError
 
 def register(app: typer.Typer) -> None:
     """Add the online commands."""
-    for command in (serve, replay, score, models, compact):
+    for command in (serve, replay, models, compact):
         app.command()(command)
 
 
@@ -75,24 +75,9 @@ def replay(
         console.print("Nothing to do: all of this history was replayed before.")
 
 
-def score(
-    visitors: Annotated[list[str], typer.Argument(help="Ids of visitors.")],
-    url: Annotated[str, typer.Option(help="Where the service runs.")] = "http://127.0.0.1:8000",
-    model: Annotated[str | None, typer.Option(help="Model to ask; needed where several are served.")] = None,
-    context: Annotated[
-        list[str] | None, typer.Option(help="Field of the request, as referrer=ads. Repeatable.")
-    ] = None,
-) -> None:
-    """Ask the running service for scores and print its answers, one JSON object a line."""
-    fields = dict(_pair(text) for text in context or [])
-    for visitor in visitors:
-        body = {"visitor_id": visitor, "context": fields, **({"model": model} if model else {})}
-        print(json.dumps(_ask(f"{url}/v1/score", body)))
-
-
 def models(url: Annotated[str, typer.Option(help="Where the service runs.")] = "http://127.0.0.1:8000") -> None:
     """List the models that the running service has loaded."""
-    print(json.dumps(_ask(f"{url}/v1/models"), indent=2))
+    print(json.dumps(ask(f"{url}/v1/models"), indent=2))
 
 
 def compact() -> None:
@@ -119,7 +104,8 @@ def compact() -> None:
     )
 
 
-def _pair(text: str) -> tuple[str, str | float]:
+def pair(text: str) -> tuple[str, str | float]:
+    """Name and value of a field of a request, written as referrer=ads."""
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise PropensityError(f"{text!r} is no field; write NAME=VALUE, as referrer=ads")
@@ -130,7 +116,8 @@ def _pair(text: str) -> tuple[str, str | float]:
     return name, number if type(number) in (int, float) else value
 
 
-def _ask(url: str, body: Any = None) -> Any:
+def ask(url: str, body: Any = None) -> Any:
+    """What the service answers to a body, or to a GET without one. Raises PropensityError."""
     data = None if body is None else json.dumps(body).encode()
     try:
         request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
@@ -172,7 +159,7 @@ def _answer_when_ready(url: str) -> None:
         try:
             visitor = asyncio.run(history.some_visitor(settings.load())) or "somebody-new"
             body = json.dumps({"visitor_id": visitor, "context": {"referrer": "email"}})
-            answer = json.dumps(_ask(f"{url}/v1/score", json.loads(body)), indent=2)
+            answer = json.dumps(ask(f"{url}/v1/score", json.loads(body)), indent=2)
         except PropensityError as error:
             print(f"propensity: no first answer: {error}", file=sys.stderr)
             return

@@ -8,6 +8,7 @@ from __future__ import annotations
 import fnmatch
 import gzip
 import re
+import shutil
 import threading
 import time
 import uuid
@@ -107,20 +108,39 @@ class EventLog:
 
     def partition(self, index: int, *, with_ids: bool = False) -> Partition:
         """Partition `index` in memory; with_ids also loads the visitors' ids."""
-        files = [_pattern(file) for file in self.directory.glob(f"*/part={index}/*.parquet")]
-        if not files:
-            return _empty(self.spec, with_ids)
-        columns = ["visitor_hash", "ts_ms", "kind", "id", "attribute", "value", *_kept(self.spec)]
-        columns += ["visitor"] if with_ids else []
-        try:
-            loaded = self.connection.execute(
-                f"SELECT {', '.join(columns)} FROM read_parquet(?, hive_partitioning = false, union_by_name = true) "
-                "WHERE bad IS NULL ORDER BY visitor_hash, ts_ms",
-                [files],
-            ).fetchnumpy()
-        except duckdb.Error as error:
-            raise UnreadableEvents(first_line(error)) from None
-        return _assemble(self.spec, loaded, with_ids)
+        return _partition(self.connection, self.directory, self.spec, index, with_ids)
+
+
+def load_partition(
+    directory: Path, spec: FeatureSpec, index: int, memory_limit: str, *, with_ids: bool = False
+) -> Partition:
+    """Partition `index` of the log in `directory`, in a process that shares nothing but files with its reader."""
+    workdir = directory / f"process-{uuid.uuid4().hex}"
+    connection = connect(workdir, memory_limit, threads=1)
+    try:
+        return _partition(connection, directory, spec, index, with_ids)
+    finally:
+        connection.close()
+        shutil.rmtree(workdir, ignore_errors=True)
+
+
+def _partition(
+    connection: duckdb.DuckDBPyConnection, directory: Path, spec: FeatureSpec, index: int, with_ids: bool
+) -> Partition:
+    files = [_pattern(file) for file in directory.glob(f"*/part={index}/*.parquet")]
+    if not files:
+        return _empty(spec, with_ids)
+    columns = ["visitor_hash", "ts_ms", "kind", "id", "attribute", "value", *_kept(spec)]
+    columns += ["visitor"] if with_ids else []
+    try:
+        loaded = connection.execute(
+            f"SELECT {', '.join(columns)} FROM read_parquet(?, hive_partitioning = false, union_by_name = true) "
+            "WHERE bad IS NULL ORDER BY visitor_hash, ts_ms",
+            [files],
+        ).fetchnumpy()
+    except duckdb.Error as error:
+        raise UnreadableEvents(first_line(error)) from None
+    return _assemble(spec, loaded, with_ids)
 
 
 def read(
@@ -163,13 +183,13 @@ def read(
     return EventLog(spec, workdir, partitions, summary, connection)
 
 
-def connect(workdir: Path, memory_limit: str = "1GB") -> duckdb.DuckDBPyConnection:
-    """A DuckDB connection in UTC that spills to `workdir` beyond memory_limit."""
+def connect(workdir: Path, memory_limit: str = "1GB", threads: int = _MOST_THREADS) -> duckdb.DuckDBPyConnection:
+    """A DuckDB connection in UTC, of at most so many threads, that spills to `workdir` beyond memory_limit."""
     try:
         connection = duckdb.connect(config={"memory_limit": memory_limit, "temp_directory": str(workdir / "spill")})
     except duckdb.Error as error:
         raise PropensityError(f"--memory-limit {memory_limit}: {first_line(error)}; write for example 1GB") from None
-    threads = min(int(connection.execute("SELECT current_setting('threads')").fetchall()[0][0]), _MOST_THREADS)
+    threads = min(int(connection.execute("SELECT current_setting('threads')").fetchall()[0][0]), threads)
     connection.execute(
         "SET TimeZone = 'UTC'; SET preserve_insertion_order = false; SET enable_progress_bar = false; "
         f"SET threads = {threads}; SET partitioned_write_flush_threshold = {_FLUSHED_ROWS}"

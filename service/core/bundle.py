@@ -149,6 +149,27 @@ class Bundle:
         """The segment of a score, by the cut-offs of the manifest."""
         return segments.assign(score, self.cutoffs)
 
+    def percentiles(self, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+        """`percentile` of each of the scores float32[n], the same to the bit."""
+        quantiles = np.array(self.reference.quantiles)
+        score = scores.astype(np.float64)
+        above = quantiles.searchsorted(score, "left")
+        place = np.maximum(above - 1, 0).astype(np.float64)
+        inside = ((above > 0) & (above < len(quantiles))).nonzero()[0]
+        low, high = quantiles[above[inside] - 1], quantiles[above[inside]]
+        place[inside] += (score[inside] - low) / (high - low)
+        exact = 100 * place / (len(quantiles) - 1)
+        tenths = np.rint(exact * 10)
+        # Near the middle of two tenths `round` looks at more digits than the product has.
+        for row in (np.abs(np.abs(exact * 10 - tenths) - 0.5) < 1e-6).nonzero()[0].tolist():
+            tenths[row] = round(10 * round(float(exact[row]), 1))
+        return np.asarray(tenths / 10)
+
+    def segment_places(self, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+        """int64[n]: the place in SEGMENTS of the `segment` of each of the scores float32[n]."""
+        cuts = np.array(self.cutoffs[::-1])
+        return np.asarray(len(cuts) - cuts.searchsorted(scores.astype(np.float64), "right"))
+
     @property
     def segment_shares(self) -> dict[str, float]:
         """Share of the scores of the reference in each segment, to one in the number of its quantiles."""

@@ -1,0 +1,98 @@
+"""The command `score`: asks the running service for some visitors, or scores everybody in event files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli.offline import MemoryLimit, moment, need
+from cli.online import ask, pair
+from cli.progress import console, stages
+from service.core.errors import PropensityError
+
+if TYPE_CHECKING:
+    from training.engine import Engine
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(score)
+
+
+def score(
+    visitors: Annotated[
+        list[str] | None, typer.Argument(help="Ids of visitors; with --events more event files.", show_default=False)
+    ] = None,
+    url: Annotated[str, typer.Option(help="Where the service runs.")] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(help="Model to ask; needed where there are several.")] = None,
+    context: Annotated[
+        list[str] | None, typer.Option(help="Field of the request, as referrer=ads. Repeatable.")
+    ] = None,
+    events: Annotated[
+        list[str] | None,
+        typer.Option(help="Score all visitors of these files, without a service: a file, glob or directory."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="With --events: directory of Parquet files to write.")] = None,
+    at: Annotated[str, typer.Option(help="With --events: the moment to score at, ISO 8601, or now.")] = "now",
+    features: Annotated[
+        str | None, typer.Option(help="With --events: features to write too, as views_7d,device; or all.")
+    ] = None,
+    version: Annotated[str | None, typer.Option(help="With --events: version (the one served unless given).")] = None,
+    artifacts: Annotated[Path, typer.Option(help="With --events: directory of bundles.")] = Path("artifacts"),
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="With --events: processes that score (one a core unless given).")
+    ] = None,
+    memory_limit: MemoryLimit = "1GB",
+    max_bad_rows: Annotated[int, typer.Option(min=0, help="With --events: bad rows to put up with.")] = 1000,
+) -> None:
+    """Ask the running service for scores; or, with --events, score everybody in event files into Parquet."""
+    fields = dict(pair(text) for text in context or [])
+    if events:
+        if out is None:
+            raise PropensityError("give the directory to write scores to with --out DIR")
+        need("training.batch")
+        from training import batch
+        from training.engine import Processes
+
+        options = batch.Options(
+            columns=tuple(name.strip() for name in (features or "").split(",") if name.strip()),
+            context=fields,
+            max_bad_rows=max_bad_rows,
+            memory_limit=memory_limit,
+        )
+        directory = bundle_of(artifacts, model, version)
+        at_ms = int(moment(at).timestamp() * 1000)
+        with stages() as report:
+            made = batch.score([*events, *(visitors or [])], directory, at_ms, out, options, Processes(threads), report)
+        console.print(f"{made.rows:,} visitors scored into {made.path}.", markup=False)
+        return
+    if out is not None:
+        raise PropensityError("--out is for event files; give them with --events FILES")
+    if not visitors:
+        raise PropensityError("give ids of visitors, or event files with --events FILES and --out DIR")
+    for visitor in visitors:
+        body = {"visitor_id": visitor, "context": fields, **({"model": model} if model else {})}
+        print(json.dumps(ask(f"{url}/v1/score", body)))
+
+
+def bundle_of(artifacts: Path, model: str | None, version: str | None) -> Path:
+    """The directory of a version of a model: the only one, and the one served, unless they are named."""
+    from service.core.bundle import MANIFEST
+    from service.models import served_version
+
+    names = sorted(path.name for path in artifacts.glob("*/") if any(path.glob(f"*/{MANIFEST}")))
+    if not names:
+        raise PropensityError(f"{artifacts}: holds no model; propensity train writes one, --artifacts names another")
+    if model is None and len(names) > 1:
+        raise PropensityError(f"{artifacts}: holds {', '.join(names)}; name one with --model")
+    model = model or names[0]
+    if model not in names:
+        raise PropensityError(f"{artifacts}: holds no model {model!r}; there is {', '.join(names)}")
+    version = version or served_version(artifacts / model)
+    if not (artifacts / model / version / MANIFEST).is_file():
+        versions = sorted(path.parent.name for path in (artifacts / model).glob(f"*/{MANIFEST}"))
+        raise PropensityError(f"{artifacts / model}: holds no version {version!r}; there is {', '.join(versions)}")
+    return artifacts / model / version

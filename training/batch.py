@@ -1,0 +1,247 @@
+"""Batch scoring: every visitor of event files, scored as the service would at one moment, into a directory of Parquet.
+
+A snapshot is a directory of `part-NNNNN.parquet`, one model at one moment, each visitor once, in no order. Events are
+read into partitions by visitor; a partition is scored on its own, so any number of processes or machines can share the
+work, and the same bits come out.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow
+import pyarrow.parquet
+
+from service.core import bundle, features
+from service.core.bundle import Bundle
+from service.core.errors import PropensityError
+from service.core.segments import SEGMENTS
+from training import source
+from training.engine import Engine
+from training.source import Partition, Summary
+
+# Own columns of a snapshot; those of features follow.
+COLUMNS: Final = {
+    "visitor_id": pyarrow.string(),
+    "propensity": pyarrow.float32(),
+    "percentile": pyarrow.float32(),
+    "segment": pyarrow.string(),
+    "model": pyarrow.string(),
+    "version": pyarrow.string(),
+    "at": pyarrow.timestamp("ms", "UTC"),
+    "last_event_ms": pyarrow.int64(),
+}
+ALL: Final = "all"
+# Rows a call of the model: from some hundred on it makes no difference to ONNX Runtime.
+BATCH_ROWS: Final = 16_384
+
+# Told the stage that begins, then its share done, 0 to 1.
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `propensity score --events` lets one choose. `columns`: features to write too, or ("all",)."""
+
+    columns: tuple[str, ...] = ()
+    context: Mapping[str, object] = field(default_factory=dict)
+    max_bad_rows: int = 1000
+    memory_limit: str = "1GB"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process needs to score any partition, all of it by path: the file system is shared."""
+
+    model: Path  # directory of the bundle
+    log: Path  # directory of the normalised events
+    out: Path
+    at_ms: int
+    context: Mapping[str, object]
+    columns: tuple[str, ...]
+    memory_limit: str
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What was written."""
+
+    path: Path
+    model: str
+    version: str
+    at_ms: int
+    summary: Summary
+    rows: int
+    segments: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """n visitors of a partition, in its order."""
+
+    propensity: npt.NDArray[np.float32]  # [n]
+    matrix: npt.NDArray[np.float32]  # [n, F]
+    last_event_ms: npt.NDArray[np.int64]  # [n] 0 without an event that counts
+
+
+def score(
+    paths: Sequence[str],
+    model: Path,
+    at_ms: int,
+    out: Path,
+    options: Options,
+    engine: Engine,
+    on_progress: Progress = lambda stage, share: None,
+) -> Snapshot:
+    """Score all visitors of event files by the bundle in `model` as of at_ms, and write the snapshot `out`.
+
+    An existing snapshot of that name is replaced when the new one is whole. Raises PropensityError.
+    """
+    loaded = bundle.load(model)
+    columns = _columns(loaded, options.columns)
+    if not loaded.spec.events:
+        raise PropensityError(f"model {loaded.name} reads no events; ask the service for its scores")
+    with _assembling(out) as directory, engine.workdir(directory) as made:
+        workdir = Path(made)
+        log = engine.read(
+            paths,
+            loaded.spec,
+            workdir,
+            max_bad_rows=options.max_bad_rows,
+            memory_limit=options.memory_limit,
+            on_progress=lambda share: on_progress("Reading events", share),
+        )
+        job = Job(
+            model=model.resolve(),
+            log=workdir,
+            out=directory,
+            at_ms=at_ms,
+            context=dict(options.context),
+            columns=columns,
+            memory_limit=options.memory_limit,
+        )
+        log.connection.close()
+        counts = np.zeros(len(SEGMENTS), np.int64)
+        on_progress("Scoring visitors", 0)
+        for done, (_, found) in enumerate(engine.run(score_partition, job, log.partitions), 1):
+            counts += found
+            on_progress("Scoring visitors", done / log.partitions)
+    return Snapshot(
+        out,
+        loaded.name,
+        loaded.version,
+        at_ms,
+        log.summary,
+        int(counts.sum()),
+        dict(zip(SEGMENTS, counts.tolist(), strict=True)),
+    )
+
+
+def score_partition(job: Job, index: int) -> npt.NDArray[np.int64]:
+    """Write part `index` of a snapshot; how many visitors are in each segment, int64[6]."""
+    model = _model(job.model)
+    partition = source.load_partition(job.log, model.spec, index, job.memory_limit, with_ids=True)
+    if not len(partition.visitor_hash):
+        return np.zeros(len(SEGMENTS), np.int64)
+    scored = predict(model, partition, job.at_ms, job.context)
+    places = model.segment_places(scored.propensity)
+    table = _table(model, partition.visitor_ids or [], scored, places, job)
+    pyarrow.parquet.write_table(table, job.out / f"part-{index:05}.parquet", compression="zstd")
+    return np.bincount(places, minlength=len(SEGMENTS))
+
+
+def predict(model: Bundle, partition: Partition, at_ms: int, context: Mapping[str, object]) -> Scored:
+    """The features and propensities of a partition's visitors as of at_ms, all with one request context.
+
+    What happened after at_ms is not looked at: who was not here before is scored as somebody new.
+    """
+    rows = len(partition.visitor_hash)
+    now_ms = np.full(rows, at_ms, np.int64)
+    request = np.tile(np.array(model.plan.encode_request(context), np.float32), (rows, 1))
+    found = features.evaluate(
+        model.plan,
+        partition.records,
+        partition.starts,
+        now_ms,
+        partition.traits,
+        partition.trait_starts,
+        request,
+    )
+    propensity = np.empty(rows, np.float32)
+    for first in range(0, rows, BATCH_ROWS):
+        propensity[first : first + BATCH_ROWS] = model.predict(found.matrix[first : first + BATCH_ROWS])
+    last_event_ms = np.where(found.last_age_ms < 0, 0, now_ms - found.last_age_ms)
+    return Scored(propensity, found.matrix, last_event_ms)
+
+
+def _table(model: Bundle, ids: Sequence[str], scored: Scored, places: npt.NDArray[np.int64], job: Job) -> Any:
+    rows = len(ids)
+    names = pyarrow.DictionaryArray.from_arrays(pyarrow.array(places, pyarrow.int8()), pyarrow.array(SEGMENTS))
+    own = (
+        pyarrow.array(ids, pyarrow.string()),
+        pyarrow.array(scored.propensity),
+        pyarrow.array(model.percentiles(scored.propensity).astype(np.float32)),
+        names.cast(pyarrow.string()),
+        pyarrow.repeat(model.name, rows),
+        pyarrow.repeat(model.version, rows),
+        pyarrow.repeat(pyarrow.scalar(job.at_ms, COLUMNS["at"]), rows),
+        pyarrow.array(scored.last_event_ms),
+    )
+    place = {name: column for column, name in enumerate(model.spec.names)}
+    chosen = [pyarrow.array(np.ascontiguousarray(scored.matrix[:, place[name]])) for name in job.columns]
+    return pyarrow.table([*own, *chosen], schema(job.columns))
+
+
+def schema(columns: Sequence[str] = ()) -> Any:
+    """The schema of a snapshot with these features."""
+    return pyarrow.schema([*COLUMNS.items(), *((name, pyarrow.float32()) for name in columns)])
+
+
+def _columns(model: Bundle, asked: Sequence[str]) -> tuple[str, ...]:
+    chosen = model.spec.names if tuple(asked) == (ALL,) else tuple(dict.fromkeys(asked))
+    unknown = [name for name in chosen if name not in model.spec.names]
+    if unknown:
+        raise PropensityError(
+            f"--features {unknown[0]}: model {model.name} has no such feature; there are {', '.join(model.spec.names)}"
+        )
+    taken = [name for name in chosen if name in COLUMNS]
+    if taken:
+        raise PropensityError(f"--features {taken[0]}: a snapshot has a column of this name already; leave it out")
+    return chosen
+
+
+@lru_cache(maxsize=2)
+def _model(directory: Path) -> Bundle:
+    return bundle.load(directory)
+
+
+@contextmanager
+def _assembling(out: Path) -> Iterator[Path]:
+    """A directory beside `out` that takes its place when all went well."""
+    if out.exists() and not _is_snapshot(out):
+        raise PropensityError(f"{out}: is no directory of scores; name a new one with --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    directory = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent.resolve()))
+    directory.chmod(0o755)
+    try:
+        yield directory
+        if out.exists():
+            out.rename(directory.with_name(f"{directory.name}-old"))
+        directory.rename(out)
+    finally:
+        for left in out.parent.glob(f"{directory.name}*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_snapshot(path: Path) -> bool:
+    """Whether a directory holds parts of a snapshot and nothing else."""
+    return path.is_dir() and all(file.match("part-*.parquet") for file in path.iterdir())

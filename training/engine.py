@@ -1,0 +1,92 @@
+"""Where partitions of visitors are worked on: here, or by several processes of this machine.
+
+An engine reads events into partitions, and calls a function with a job and the number of each partition. The third
+one, for many machines, is in `training.distributed`.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from service.core.errors import PropensityError
+from service.core.spec import FeatureSpec
+from training import source
+from training.source import EventLog, Progress
+
+Job = TypeVar("Job")
+Done = TypeVar("Done")
+
+
+class Engine(Protocol):
+    """What every engine does."""
+
+    def workdir(self, beside: Path) -> AbstractContextManager[str]:
+        """A temporary directory that all who work reach; `beside` is a directory that they reach, too."""
+
+    def read(
+        self,
+        paths: Sequence[str],
+        spec: FeatureSpec,
+        workdir: Path,
+        *,
+        max_bad_rows: int = 1000,
+        memory_limit: str = "1GB",
+        on_progress: Progress | None = None,
+    ) -> EventLog:
+        """What `source.read` gives."""
+
+    def run(self, function: Callable[[Job, int], Done], job: Job, count: int) -> Iterator[tuple[int, Done]]:
+        """Call function(job, 0 ... count - 1); the number and the result of each, in no order."""
+
+
+class Here:
+    """One partition after the other, in this process."""
+
+    read = staticmethod(source.read)
+
+    def workdir(self, beside: Path) -> AbstractContextManager[str]:
+        """In the directory for temporary files."""
+        return tempfile.TemporaryDirectory(prefix="propensity-")
+
+    def run(self, function: Callable[[Job, int], Done], job: Job, count: int) -> Iterator[tuple[int, Done]]:
+        """In order."""
+        for index in range(count):
+            yield index, function(job, index)
+
+
+class Processes(Here):
+    """So many processes of this machine; what they work on has to be picklable."""
+
+    def __init__(self, processes: int | None = None) -> None:
+        self.processes = processes or cores()
+
+    def run(self, function: Callable[[Job, int], Done], job: Job, count: int) -> Iterator[tuple[int, Done]]:
+        """As they are done. A single partition or process is worked on here."""
+        if min(self.processes, count) < 2:
+            yield from super().run(function, job, count)
+            return
+        # Fresh processes: a fork of one that has threads, as DuckDB and ONNX Runtime start them, may hang.
+        pool = ProcessPoolExecutor(min(self.processes, count), get_context("spawn"))
+        try:
+            waiting = {pool.submit(function, job, index): index for index in range(count)}
+            for done in as_completed(waiting):
+                yield waiting.pop(done), done.result()
+        except BrokenProcessPool:
+            raise PropensityError(
+                "a process ended before its work was done, most likely for want of memory; give fewer --threads"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def cores() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
