@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,7 +14,7 @@ from cli.progress import console, stages
 from service.core.errors import PropensityError
 
 if TYPE_CHECKING:
-    from training.engine import Engine
+    pass
 
 
 def register(app: typer.Typer) -> None:

@@ -24,6 +24,7 @@ import pyarrow.parquet
 from service.core import bundle, features
 from service.core.bundle import Bundle
 from service.core.errors import PropensityError
+from service.core.features import Evaluated
 from service.core.segments import SEGMENTS
 from training import source
 from training.engine import Engine
@@ -176,11 +177,25 @@ def predict(model: Bundle, partition: Partition, at_ms: int, context: Mapping[st
         partition.trait_starts,
         request,
     )
+    order = _alike(model, found)
     propensity = np.empty(rows, np.float32)
     for first in range(0, rows, BATCH_ROWS):
-        propensity[first : first + BATCH_ROWS] = model.predict(found.matrix[first : first + BATCH_ROWS])
+        chosen = order[first : first + BATCH_ROWS]
+        propensity[chosen] = model.predict(found.matrix[chosen])
     last_event_ms = np.where(found.last_age_ms < 0, 0, now_ms - found.last_age_ms)
     return Scored(propensity, found.matrix, last_event_ms)
+
+
+def _alike(model: Bundle, found: Evaluated) -> npt.NDArray[np.int64]:
+    """int64[n]: an order in which rows that are alike stand together, for the model to go the same ways through its
+    trees: that takes a third less time than rows as they come (docs/adr/0011-alike-rows-together.md).
+    """
+    codes = [
+        column for column, feature in enumerate(model.spec.features.values()) if getattr(feature, "categories", None)
+    ]
+    activity = np.log2(found.events + 1).astype(np.int64)
+    missing = np.isnan(found.matrix).sum(axis=1)
+    return np.lexsort((found.last_age_ms, activity, *found.matrix.T[codes], missing))
 
 
 def _table(model: Bundle, ids: Sequence[str], scored: Scored, places: npt.NDArray[np.int64], job: Job) -> Any:
