@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cli.progress import console, stages
 from service.core.errors import PropensityError
+
+if TYPE_CHECKING:
+    from training.distributed import Dask
 
 Events = Annotated[
     list[str],
@@ -19,6 +24,10 @@ MoreEvents = Annotated[list[str] | None, typer.Argument(help="More event files."
 Spec = Annotated[Path, typer.Option("--spec", help="Feature spec (YAML); see examples/ and docs/feature-spec.md.")]
 MaxBadRows = Annotated[int, typer.Option(min=0, help="Rows without visitor or readable timestamp to put up with.")]
 MemoryLimit = Annotated[str, typer.Option(help="Memory DuckDB may use before it spills to disk, e.g. 1GB.")]
+EngineName = Annotated[str, typer.Option("--engine", help="local: this machine; dask: Dask workers.")]
+Scheduler = Annotated[
+    str | None, typer.Option(help="With --engine dask: address of its scheduler (own processes unless given).")
+]
 MAX_SEED = 2**31 - 1  # LightGBM takes 32 bits
 
 
@@ -72,6 +81,8 @@ def train(
     memory_limit: MemoryLimit = "1GB",
     promote: Annotated[bool, typer.Option(help="Serve this version from now on.")] = True,
     predictions: Annotated[Path | None, typer.Option(help="Also write the test rows' scores (Parquet).")] = None,
+    engine: EngineName = "local",
+    scheduler: Scheduler = None,
 ) -> None:
     """Train a model from raw events (or a table), calibrate it, judge it and write a bundle with a report."""
     paths = [*events, *(more or [])]
@@ -91,11 +102,13 @@ def train(
         promote=promote,
         predictions=predictions,
     )
-    with stages() as report:
+    with cluster(engine, scheduler, None) as found, stages() as report:
         if table is not None:
+            if found is not None:
+                raise PropensityError("--engine dask is for --events; a table is trained on here")
             trained = training.from_table(table, spec, options, report)
         else:
-            trained = training.from_events(paths, spec, options, report)
+            trained = training.from_events(paths, spec, options, report, found)
     print_trained(trained)
 
 
@@ -126,6 +139,8 @@ def features(
     more: MoreEvents = None,
     max_bad_rows: MaxBadRows = 1000,
     memory_limit: MemoryLimit = "1GB",
+    engine: EngineName = "local",
+    scheduler: Scheduler = None,
 ) -> None:
     """Compute the features of visitors at given moments: what the service would have seen then."""
     paths = [*events, *(more or [])]
@@ -134,11 +149,34 @@ def features(
     need("training.point_in_time")
     from training import point_in_time
 
-    with stages() as report:
+    with cluster(engine, scheduler, None) as found, stages() as report:
         rows = point_in_time.write(
-            paths, spec, at, out, max_bad_rows=max_bad_rows, memory_limit=memory_limit, on_progress=report
+            paths,
+            spec,
+            at,
+            out,
+            max_bad_rows=max_bad_rows,
+            memory_limit=memory_limit,
+            engine=found,
+            on_progress=report,
         )
     console.print(f"{rows:,} rows in {out}", markup=False)
+
+
+@contextmanager
+def cluster(engine: str, scheduler: str | None, processes: int | None) -> Iterator[Dask | None]:
+    """The Dask workers that --engine and --scheduler ask for; None for this machine alone."""
+    if engine not in ("local", "dask"):
+        raise PropensityError(f"--engine {engine} is unknown; write --engine local or --engine dask")
+    if engine == "local":
+        if scheduler is not None:
+            raise PropensityError("--scheduler is for --engine dask; give both")
+        yield None
+        return
+    from training.distributed import connected
+
+    with connected(scheduler, processes) as found:
+        yield found
 
 
 def moment(text: str) -> datetime.datetime:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.offline import MemoryLimit, moment, need
+from cli.offline import EngineName, MemoryLimit, Scheduler, cluster, moment, need
 from cli.online import ask, pair
 from cli.progress import console, stages
 from service.core.errors import PropensityError
 
 if TYPE_CHECKING:
-    pass
+    from training.batch import Snapshot
 
 
 def register(app: typer.Typer) -> None:
@@ -47,35 +47,52 @@ def score(
     ] = None,
     memory_limit: MemoryLimit = "1GB",
     max_bad_rows: Annotated[int, typer.Option(min=0, help="With --events: bad rows to put up with.")] = 1000,
+    engine: EngineName = "local",
+    scheduler: Scheduler = None,
 ) -> None:
     """Ask the running service for scores; or, with --events, score everybody in event files into Parquet."""
     fields = dict(pair(text) for text in context or [])
-    if events:
-        if out is None:
-            raise PropensityError("give the directory to write scores to with --out DIR")
-        need("training.batch")
-        from training import batch
-        from training.engine import Processes
-
-        options = batch.Options(
-            columns=tuple(name.strip() for name in (features or "").split(",") if name.strip()),
-            context=fields,
-            max_bad_rows=max_bad_rows,
-            memory_limit=memory_limit,
-        )
-        directory = bundle_of(artifacts, model, version)
-        at_ms = int(moment(at).timestamp() * 1000)
-        with stages() as report:
-            made = batch.score([*events, *(visitors or [])], directory, at_ms, out, options, Processes(threads), report)
-        console.print(f"{made.rows:,} visitors scored into {made.path}.", markup=False)
+    if not events:
+        for name, value in {"out": out, "features": features, "version": version, "scheduler": scheduler}.items():
+            if value is not None:
+                raise PropensityError(f"--{name} is for event files; give them with --events FILES")
+        if not visitors:
+            raise PropensityError("give ids of visitors, or event files with --events FILES and --out DIR")
+        for visitor in visitors:
+            body = {"visitor_id": visitor, "context": fields, **({"model": model} if model else {})}
+            print(json.dumps(ask(f"{url}/v1/score", body)))
         return
-    if out is not None:
-        raise PropensityError("--out is for event files; give them with --events FILES")
-    if not visitors:
-        raise PropensityError("give ids of visitors, or event files with --events FILES and --out DIR")
-    for visitor in visitors:
-        body = {"visitor_id": visitor, "context": fields, **({"model": model} if model else {})}
-        print(json.dumps(ask(f"{url}/v1/score", body)))
+    if out is None:
+        raise PropensityError("give the directory to write scores to with --out DIR")
+    need("training.batch")
+    from training import batch
+    from training.engine import Processes
+
+    options = batch.Options(
+        columns=tuple(filter(None, (name.strip() for name in (features or "").split(",")))),
+        context=fields,
+        max_bad_rows=max_bad_rows,
+        memory_limit=memory_limit,
+    )
+    at_ms = int(moment(at).timestamp() * 1000)
+    bundle = bundle_of(artifacts, model, version)
+    with cluster(engine, scheduler, threads) as found, stages() as report:
+        made = batch.score(
+            [*events, *(visitors or [])], bundle, at_ms, out, options, found or Processes(threads), report
+        )
+    _print(made)
+
+
+def _print(made: Snapshot) -> None:
+    shares = ", ".join(f"{name} {count:,}" for name, count in made.segments.items())
+    console.print(
+        f"{made.rows:,} visitors scored by {made.model} {made.version} into {made.path}: {shares}.",
+        markup=False,
+        soft_wrap=True,
+    )
+    if made.summary.bad:
+        examples = "; ".join(made.summary.examples)
+        console.print(f"{made.summary.bad:,} bad rows were left out, for example {examples}", markup=False)
 
 
 def bundle_of(artifacts: Path, model: str | None, version: str | None) -> Path:

@@ -112,18 +112,17 @@ def score(
     if not loaded.spec.events:
         raise PropensityError(f"model {loaded.name} reads no events; ask the service for its scores")
     with _assembling(out) as directory, engine.workdir(directory) as made:
-        workdir = Path(made)
         log = engine.read(
             paths,
             loaded.spec,
-            workdir,
+            Path(made),
             max_bad_rows=options.max_bad_rows,
             memory_limit=options.memory_limit,
             on_progress=lambda share: on_progress("Reading events", share),
         )
         job = Job(
             model=model.resolve(),
-            log=workdir,
+            log=log.directory,
             out=directory,
             at_ms=at_ms,
             context=dict(options.context),

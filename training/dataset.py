@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Final, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -14,6 +15,7 @@ from service.core.errors import PropensityError
 from service.core.events import Records
 from service.core.features import Plan
 from service.core.spec import FeatureSpec, Label
+from training import source
 from training.source import EventLog, Partition
 
 Ints = npt.NDArray[np.int64]
@@ -125,40 +127,146 @@ def build(
     (just before a visitor's first event), or, with `rows.every`, a point of a calendar grid. A cutoff has matured when
     the whole horizon after it lies within the data. Deterministic in (events, spec, seed), whatever the partitions.
     """
-    spec, label = plan.spec, _event_label(plan.spec)
-    first_ms, last_ms = log.summary.first_ms, log.summary.last_ms
-    matured_ms = _matured(log, horizon_of(label))
-    sample = _Sample(max_rows, take)
-    scored = _Sample(POPULATION_ROWS, Population.at)
+    job = _sampling(log, plan.spec, seed, max_rows, "")
+    samples = _Samples(job)
     for index, partition in enumerate(log):
         if len(partition.records):
-            view = View(partition)
-            kept = _thinned(view, spec, moments(view, spec, first_ms, matured_ms), seed)
-            keys = _mix(partition.visitor_hash[kept.owner], kept.cutoff_ms, seed + 1)
-            chosen = keys <= sample.threshold
-            sample.offer(keys[chosen], _labelled(plan, view, kept.at(chosen), label))
-            _offer_recent(scored, plan, view, moments(view, spec, first_ms, last_ms), last_ms, seed)
+            samples.offer(index, samples.of(plan, partition))
         if on_progress is not None:
             on_progress(index + 1, log.partitions)
-    sample.shrink()
-    scored.shrink()
-    if not any(map(len, sample.parts)):
-        raise TooLittleData("no training rows: no event of rows.after has a full horizon after it; give more history")
-    population = Population(*map(np.concatenate, zip(*scored.parts, strict=True)))
-    made = _joined(sample.parts)
-    if len(population.visitor) >= FEWEST_SCORED:
-        made = replace(made, population=population)
-    return take(made, np.lexsort((made.visitor, made.cutoff_ms)))
+    return samples.joined()
 
 
-def _offer_recent(sample: _Sample[Population], plan: Plan, view: View, asked: Moments, last_ms: int, seed: int) -> None:
-    """Offer the moments of the last days. All of them are as likely, since drift is counted score by score."""
+def build_apart(
+    log: EventLog,
+    plan: Plan,
+    run: Run,
+    *,
+    seed: int = 0,
+    max_rows: int = 1_000_000,
+    memory_limit: str = "1GB",
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Dataset:
+    """What `build` gives, its partitions worked on wherever `run`, that of an engine, does."""
+    job = _sampling(log, plan.spec, seed, max_rows, memory_limit)
+    samples = _Samples(job)
+    for done, (index, sampled) in enumerate(run(sample_partition, job, log.partitions), 1):
+        if sampled is not None:
+            samples.offer(index, sampled)
+        if on_progress is not None:
+            on_progress(done, log.partitions)
+    return samples.joined()
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What a process needs to sample the rows of any partition."""
+
+    log: Path
+    spec: FeatureSpec
+    first_ms: int
+    last_ms: int
+    matured_ms: int
+    seed: int
+    max_rows: int
+    memory_limit: str
+
+
+class Sampled(NamedTuple):
+    """Rows of a partition and some of whom the service scores, each with the keys that a sample of all goes by."""
+
+    keys: npt.NDArray[np.uint64]
+    rows: Dataset
+    population_keys: npt.NDArray[np.uint64]
+    population: Population
+
+
+Run = Callable[
+    [Callable[[Sampling, int], Sampled | None], Sampling, int],
+    Iterator[tuple[int, Sampled | None]],
+]
+
+
+def sample_partition(job: Sampling, index: int) -> Sampled | None:
+    """What a partition gives to a sample of all, and nothing that could not be in it; None from an empty one."""
+    partition = source.load_partition(job.log, job.spec, index, job.memory_limit)
+    if not len(partition.records):
+        return None
+    samples = _Samples(job)
+    samples.offer(index, samples.of(features.compile(job.spec), partition))
+    return samples.only()
+
+
+def _sampling(log: EventLog, spec: FeatureSpec, seed: int, max_rows: int, memory_limit: str) -> Sampling:
+    first_ms, last_ms = log.summary.first_ms, log.summary.last_ms
+    matured_ms = _matured(log, horizon_of(_event_label(spec)))
+    return Sampling(log.directory, spec, first_ms, last_ms, matured_ms, seed, max_rows, memory_limit)
+
+
+class _Samples:
+    """Samples of the rows and of the population; what they hold does not depend on the order of partitions."""
+
+    def __init__(self, job: Sampling) -> None:
+        self._job = job
+        self._rows = _Sample(job.max_rows, take)
+        self._population = _Sample(POPULATION_ROWS, Population.at)
+        self._golden: dict[int, tuple[GoldenRow, ...]] = {}  # by partition, in the order in which they were offered
+
+    def of(self, plan: Plan, partition: Partition) -> Sampled:
+        """What a partition has to offer."""
+        job, view = self._job, View(partition)
+        kept = _thinned(view, job.spec, moments(view, job.spec, job.first_ms, job.matured_ms), job.seed)
+        keys = _mix(partition.visitor_hash[kept.owner], kept.cutoff_ms, job.seed + 1)
+        chosen = keys <= self._rows.threshold
+        rows = _labelled(plan, view, kept.at(chosen), _event_label(job.spec))
+        asked = moments(view, job.spec, job.first_ms, job.last_ms)
+        return Sampled(keys[chosen], rows, *_recent(plan, view, asked, job, self._population.threshold))
+
+    def offer(self, index: int, sampled: Sampled) -> None:
+        """Take what a partition has to offer."""
+        self._golden[index] = sampled.rows.golden
+        self._rows.offer(sampled.keys, replace(sampled.rows, golden=()))
+        self._population.offer(sampled.population_keys, sampled.population)
+
+    def only(self) -> Sampled:
+        """What is left of the one partition that was offered."""
+        self._shrink()
+        rows, (golden,) = self._rows, self._golden.values()
+        return Sampled(
+            rows.keys[0], replace(rows.parts[0], golden=golden), self._population.keys[0], self._population.parts[0]
+        )
+
+    def joined(self) -> Dataset:
+        """The rows of all partitions by time. Raises TooLittleData."""
+        self._shrink()
+        if not any(map(len, self._rows.parts)):
+            raise TooLittleData(
+                "no training rows: no event of rows.after has a full horizon after it; give more history"
+            )
+        order = sorted(range(len(self._golden)), key=list(self._golden).__getitem__)
+        parts = [self._population.parts[place] for place in order]
+        population = Population(*map(np.concatenate, zip(*parts, strict=True)))
+        golden = tuple(row for index in sorted(self._golden) for row in self._golden[index])[:GOLDEN_CASES]
+        made = replace(_joined([self._rows.parts[place] for place in order]), golden=golden)
+        if len(population.visitor) >= FEWEST_SCORED:
+            made = replace(made, population=population)
+        return take(made, np.lexsort((made.visitor, made.cutoff_ms)))
+
+    def _shrink(self) -> None:
+        self._rows.shrink()
+        self._population.shrink()
+
+
+def _recent(
+    plan: Plan, view: View, asked: Moments, job: Sampling, threshold: np.uint64
+) -> tuple[npt.NDArray[np.uint64], Population]:
+    """The moments of the last days. All of them are as likely, since drift is counted score by score."""
     visitor = view.partition.visitor_hash[asked.owner]
-    keys = _mix(visitor, asked.cutoff_ms, seed + 2)
-    recent = (asked.cutoff_ms > last_ms - POPULATION_MS) & (keys <= sample.threshold)
+    keys = _mix(visitor, asked.cutoff_ms, job.seed + 2)
+    recent = (asked.cutoff_ms > job.last_ms - POPULATION_MS) & (keys <= threshold)
     chosen = asked.at(recent)
     matrix = view.vectors(plan, chosen.owner, chosen.cutoff_ms, chosen.request)
-    sample.offer(keys[recent], Population(matrix, visitor[recent]))
+    return keys[recent], Population(matrix, visitor[recent])
 
 
 def take(dataset: Dataset, rows: Ints) -> Dataset:

@@ -50,7 +50,21 @@ class Engine(Protocol):
 class Here:
     """One partition after the other, in this process."""
 
-    read = staticmethod(source.read)
+    def read(
+        self,
+        paths: Sequence[str],
+        spec: FeatureSpec,
+        workdir: Path,
+        *,
+        max_bad_rows: int = 1000,
+        memory_limit: str = "1GB",
+        on_progress: Progress | None = None,
+    ) -> EventLog:
+        """By DuckDB, which uses all cores."""
+        workdir.mkdir(exist_ok=True)
+        return source.read(
+            paths, spec, workdir, max_bad_rows=max_bad_rows, memory_limit=memory_limit, on_progress=on_progress
+        )
 
     def workdir(self, beside: Path) -> AbstractContextManager[str]:
         """In the directory for temporary files."""

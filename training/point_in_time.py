@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,9 +17,10 @@ import pyarrow.parquet
 from service.core import events, features
 from service.core.errors import PropensityError
 from service.core.features import Plan
-from service.core.spec import Source
+from service.core.spec import FeatureSpec, Source
 from training import source, specfile, sql
 from training.dataset import View
+from training.engine import Engine, Here
 from training.source import EventLog, Partition
 
 _OWN_COLUMNS: Final = {"visitor_id": pyarrow.string(), "at": pyarrow.int64()}
@@ -35,6 +36,7 @@ def write(
     *,
     max_bad_rows: int = 1000,
     memory_limit: str = "1GB",
+    engine: Engine | None = None,
     on_progress: Callable[[str, float], None] = lambda stage, share: None,
 ) -> int:
     """Write `out` (.parquet or .csv): the rows of `at` in their order, each with the features of that moment.
@@ -48,28 +50,53 @@ def write(
     taken = [name for name in _OWN_COLUMNS if name in spec.features]
     if taken:
         raise PropensityError(f"features.{taken[0]}: the output has a column of this name; choose another")
-    plan = features.compile(spec)
-    with tempfile.TemporaryDirectory(prefix="propensity-") as workdir:
-        log = source.read(
+    engine = engine or Here()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with engine.workdir(out.parent) as made:
+        workdir = Path(made)
+        log = engine.read(
             events_paths,
             spec,
-            Path(workdir),
+            workdir / "log",
             max_bad_rows=max_bad_rows,
             memory_limit=memory_limit,
             on_progress=lambda share: on_progress("Reading events", share),
         )
         _load_moments(log, at)
-        parts = Path(workdir) / "features"
-        parts.mkdir()
+        job = Job(log.directory, spec, workdir / "asked", workdir / "features", memory_limit)
+        job.out.mkdir()
+        log.connection.execute(f"COPY asked TO {sql.literal(str(job.asked))} (FORMAT parquet, PARTITION_BY (part))")
         total = 0
-        for index in range(log.partitions):
-            table = _features_of(plan, log, index)
-            total += table.num_rows
-            pyarrow.parquet.write_table(table, parts / f"{index}.parquet")
-            on_progress("Computing features", (index + 1) / log.partitions)
+        for done, (_, rows) in enumerate(engine.run(write_partition, job, log.partitions), 1):
+            total += rows
+            on_progress("Computing features", done / log.partitions)
         on_progress("Writing", 0)
-        _write_in_order(log.connection, parts, spec.names, out)
+        _write_in_order(log.connection, job.out, spec.names, out)
+        log.connection.close()
     return total
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process needs to compute the features that are asked of any partition."""
+
+    log: Path
+    spec: FeatureSpec
+    asked: Path
+    out: Path
+    memory_limit: str
+
+
+def write_partition(job: Job, index: int) -> int:
+    """Write the features that are asked of a partition's visitors; how many rows."""
+    files = [str(file) for file in (job.asked / f"part={index}").glob("*.parquet")]
+    if not files:
+        return 0
+    asked = duckdb.execute("FROM read_parquet(?, hive_partitioning = false) ORDER BY number", [files]).fetchnumpy()
+    partition = source.load_partition(job.log, job.spec, index, job.memory_limit)
+    table = _features_of(features.compile(job.spec), partition, asked)
+    pyarrow.parquet.write_table(table, job.out / f"{index}.parquet")
+    return int(table.num_rows)
 
 
 def _load_moments(log: EventLog, at: Path) -> None:
@@ -106,12 +133,10 @@ def _load_moments(log: EventLog, at: Path) -> None:
         )
 
 
-def _features_of(plan: Plan, log: EventLog, index: int) -> Any:
-    asked = log.connection.execute("SELECT * FROM asked WHERE part = ? ORDER BY number", [index]).fetchnumpy()
+def _features_of(plan: Plan, partition: Partition, asked: Mapping[str, Any]) -> Any:
     request = np.empty((len(asked["number"]), len(plan.spec.requests)), np.float32)
     for place in range(request.shape[1]):
         request[:, place] = np.ma.filled(asked[f"request{place}"], np.nan)
-    partition = log.partition(index)
     matrix = vectors(plan, partition, np.asarray(asked["visitor_hash"]), np.asarray(asked["at_ms"]), request)
     own = (asked["number"], np.asarray(asked["visitor_id"], object), asked["at_ms"])
     columns = [np.ascontiguousarray(values) for values in (*own, *matrix.T)]
@@ -144,7 +169,6 @@ def vectors(
 
 
 def _write_in_order(connection: duckdb.DuckDBPyConnection, parts: Path, names: Sequence[str], out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
     fresh = out.with_name(f".{out.name}.new")
     fields = [*_OWN_COLUMNS.items(), *((name, pyarrow.float32()) for name in names)]
     schema = pyarrow.schema(fields)

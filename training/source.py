@@ -5,8 +5,10 @@ The rules that make a record of an event are those of `service.ingest`, said in 
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import gzip
+import hashlib
 import re
 import shutil
 import threading
@@ -14,7 +16,9 @@ import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -40,6 +44,7 @@ _READERS: Final = {
 # A partition is loaded whole: a million events take some 300 MB while they are sorted and turned into rows.
 _PARTITION_ROWS: Final = 1_000_000
 _MAX_PARTITIONS: Final = 256
+_LEAST_SLICE: Final = 100_000
 # Every thread holds its rows until they are written: 20 million events on 64 threads did not fit into 1 GB.
 _MOST_THREADS: Final = 8
 _FLUSHED_ROWS: Final = 100_000
@@ -115,10 +120,17 @@ def load_partition(
     directory: Path, spec: FeatureSpec, index: int, memory_limit: str, *, with_ids: bool = False
 ) -> Partition:
     """Partition `index` of the log in `directory`, in a process that shares nothing but files with its reader."""
+    with _alone(directory, memory_limit) as connection:
+        return _partition(connection, directory, spec, index, with_ids)
+
+
+@contextmanager
+def _alone(directory: Path, memory_limit: str) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A connection of one thread, which spills where no other process does."""
     workdir = directory / f"process-{uuid.uuid4().hex}"
     connection = connect(workdir, memory_limit, threads=1)
     try:
-        return _partition(connection, directory, spec, index, with_ids)
+        yield connection
     finally:
         connection.close()
         shutil.rmtree(workdir, ignore_errors=True)
@@ -161,12 +173,21 @@ def read(
     files = find_files(paths)
     connection = connect(workdir, memory_limit)
     partitions = _partition_count(connection, files)
-    latest_ms = (time.time_ns() // 1_000_000 if now_ms is None else now_ms) + _FUTURE_MS
     relations = [Relation(connection, spec, *group) for group in groups(files, spec)]
     for number, relation in enumerate(relations):
-        relation.copy(workdir / f"group{number}", partitions, latest_ms, on_progress)
+        relation.copy(workdir / f"group{number}", partitions, _latest(now_ms), on_progress)
     missing = set.intersection(*(relation.missing for relation in relations))
-    summary = _summarise(connection, spec, workdir, files, missing)
+    counts = [count(connection, spec, [_pattern(file) for file in workdir.glob("*/*/*.parquet")])]
+    summary = _summarise(spec, files, counts, missing, rejects(connection))
+    _judge(summary, spec, max_bad_rows, relations)
+    return EventLog(spec, workdir, partitions, summary, connection)
+
+
+def _latest(now_ms: int | None) -> int:
+    return (time.time_ns() // 1_000_000 if now_ms is None else now_ms) + _FUTURE_MS
+
+
+def _judge(summary: Summary, spec: FeatureSpec, max_bad_rows: int, relations: Sequence[Relation]) -> None:
     if summary.bad > max_bad_rows:
         raise UnreadableEvents(
             f"{summary.bad} of {summary.rows} rows are bad, more than --max-bad-rows {max_bad_rows}; for example "
@@ -180,7 +201,85 @@ def read(
             f"none of {summary.rows} rows is an event of the catalogue ({_names(spec)}); the files have "
             f"{', '.join(names) or 'no names of events'}{bad}; map the files' event names with source.event in the spec"
         )
-    return EventLog(spec, workdir, partitions, summary, connection)
+
+
+@dataclass(frozen=True)
+class Slicing:
+    """A reading of event files in slices, each by a process that shares nothing but files with the others."""
+
+    spec: FeatureSpec
+    files: tuple[Path, ...]
+    directory: Path
+    partitions: int
+    latest_ms: int
+    memory_limit: str
+    relations: tuple[Relation, ...]
+    slices: tuple[tuple[int, str], ...]  # the number of a relation, and what to scan instead of all of it
+
+    def summarise(self, found: Sequence[Slice], counts: Sequence[Counts], max_bad_rows: int) -> Summary:
+        """The summary that `read` gives. Raises what it raises."""
+        missing = set.intersection(
+            *(
+                {name for one in found if one.relation == number for name in one.missing}
+                for number in range(len(self.relations))
+            )
+        )
+        rejected = sum(one.rejected for one in found), [line for one in found for line in one.lines][:3]
+        summary = _summarise(self.spec, self.files, counts, missing, rejected)
+        _judge(summary, self.spec, max_bad_rows, self.relations)
+        return summary
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What was found while a slice was read."""
+
+    relation: int
+    missing: frozenset[str]
+    rejected: int
+    lines: tuple[str, ...]
+
+
+def sliced(
+    connection: duckdb.DuckDBPyConnection,
+    paths: Sequence[str],
+    spec: FeatureSpec,
+    workdir: Path,
+    most: int,
+    memory_limit: str,
+) -> Slicing:
+    """Event files in at most about so many slices: of Parquet rows, of other files whole files."""
+    files = [file.absolute() for file in find_files(paths)]
+    relations = [Relation(connection, spec, *group) for group in groups(files, spec)]
+    slices = [(number, scan) for number, relation in enumerate(relations) for scan in relation.scans(most)]
+    partitions = max(_partition_count(connection, files), min(most, _MAX_PARTITIONS))
+    return Slicing(
+        spec,
+        tuple(files),
+        workdir.absolute(),
+        partitions,
+        _latest(None),
+        memory_limit,
+        tuple(relations),
+        tuple(slices),
+    )
+
+
+def read_slice(job: Slicing, index: int) -> Slice:
+    """Write the normalised events of a slice into the directory of all of them."""
+    number, scan = job.slices[index]
+    with _alone(job.directory, job.memory_limit) as connection:
+        relation = job.relations[number].attached(connection, scan)
+        relation.copy(job.directory / f"slice{index}", job.partitions, job.latest_ms, None)
+        rejected, lines = rejects(connection)
+    return Slice(number, frozenset(relation.missing), rejected, tuple(lines))
+
+
+def count_partition(job: Slicing, index: int) -> Counts:
+    """What a partition holds, once all slices are read."""
+    files = [_pattern(file) for file in job.directory.glob(f"*/part={index}/*.parquet")]
+    with _alone(job.directory, job.memory_limit) as connection:
+        return count(connection, job.spec, files)
 
 
 def connect(workdir: Path, memory_limit: str = "1GB", threads: int = _MOST_THREADS) -> duckdb.DuckDBPyConnection:
@@ -242,7 +341,7 @@ class Relation:
         reader: str,
         files: Sequence[Path],
     ) -> None:
-        self.connection, self.spec, self.source, self.files = connection, spec, source, files
+        self.connection, self.spec, self.source, self.files, self.reader = connection, spec, source, files, reader
         self.missing: set[str] = set()
         self._extracted: dict[tuple[str, str], Field] = {}
         self._flaw = "NULL::VARCHAR"
@@ -250,11 +349,51 @@ class Relation:
         self.types: dict[str, str] = self._describe(self.scan)
         # Expressions are tried on an empty table of the same columns: files are sniffed once, not once a field.
         self.shape = f"shape_{uuid.uuid4().hex}"
+        self._make_shape()
+
+    def _make_shape(self) -> None:
         columns = ", ".join(f"{sql.identifier(name)} {kind}" for name, kind in self.types.items())
-        connection.execute(f"CREATE TEMP TABLE {self.shape} ({columns})")
+        self.connection.execute(f"CREATE TEMP TABLE {self.shape} ({columns})")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "connection"}
+
+    def attached(self, connection: duckdb.DuckDBPyConnection, scan: str) -> Relation:
+        """The same for another process, which scans a part."""
+        made = copy.copy(self)
+        made.connection, made.scan, made.missing = connection, scan, set()
+        made._make_shape()
+        return made
+
+    def scans(self, most: int) -> list[str]:
+        """SQL for parts of the files that make up the whole, about so many; each has all columns in their types."""
+        if self.source.query is not None or most < 2:
+            return [self.scan]
+        if self.reader == "parquet":
+            return self._parquet_scans(most)
+        sizes = {file: file.stat().st_size for file in self.files}
+        bins: list[list[Path]] = [[] for _ in range(min(most, len(self.files)))]
+        for file in sorted(sizes, key=lambda file: (-sizes[file], file)):
+            min(bins, key=lambda held: sum(sizes[one] for one in held)).append(file)
+        whole = _listed(self.files)
+        return [self.scan.replace(whole, _listed(held)) for held in bins]
+
+    def _parquet_scans(self, most: int) -> list[str]:
+        rows = {file: _parquet_rows(self.connection, file) for file in self.files}
+        each = max(sum(rows.values()) // most + 1, _LEAST_SLICE)
+        scans = []
+        for file, total in rows.items():
+            parts = -(-total // each) if "file_row_number" not in self.types else 1
+            bounds = [total * part // parts for part in range(parts + 1)]
+            for first, end in pairwise(bounds):
+                where = f"WHERE file_row_number >= {first} AND file_row_number < {end}" if parts > 1 else ""
+                read = f"read_parquet({_listed([file])}{', file_row_number = true' if parts > 1 else ''})"
+                columns = "* EXCLUDE (file_row_number)" if parts > 1 else "*"
+                scans.append(f"(FROM {self.shape} UNION ALL BY NAME SELECT {columns} FROM {read} {where})")
+        return scans
 
     def _scan(self, reader: str) -> str:
-        listed = "[" + ", ".join(sql.literal(_pattern(file)) for file in self.files) + "]"
+        listed = _listed(self.files)
         if reader == "parquet":
             scan = f"read_parquet({listed}, union_by_name = true)"
         elif reader == "csv":
@@ -579,6 +718,10 @@ def _kept(spec: FeatureSpec) -> list[str]:
     return [*requests, *(f"trait{place}" for place, _ in keys), *texts]
 
 
+def _listed(files: Sequence[Path]) -> str:
+    return "[" + ", ".join(sql.literal(_pattern(file)) for file in files) + "]"
+
+
 def _pattern(path: Path) -> str:
     """A path as a DuckDB glob that matches it alone."""
     return re.sub(r"([*?\[])", r"[\1]", str(path))
@@ -638,16 +781,19 @@ def _partition_count(connection: duckdb.DuckDBPyConnection, files: Sequence[Path
     rows = 0.0
     for file in files:
         if reader_of(file) == "parquet":
-            try:
-                rows += connection.execute(
-                    "SELECT sum(num_rows) FROM parquet_file_metadata(?)", [_pattern(file)]
-                ).fetchall()[0][0]
-            except duckdb.Error as error:
-                raise UnreadableEvents(f"{file}: {first_line(error)}") from None
+            rows += _parquet_rows(connection, file)
         else:
             head, share = _head(file)
             rows += head.count(b"\n") / share
     return min(int(rows / _PARTITION_ROWS) + 1, _MAX_PARTITIONS)
+
+
+def _parquet_rows(connection: duckdb.DuckDBPyConnection, file: Path) -> int:
+    query = "SELECT sum(num_rows) FROM parquet_file_metadata(?)"
+    try:
+        return int(connection.execute(query, [_pattern(file)]).fetchall()[0][0])
+    except duckdb.Error as error:
+        raise UnreadableEvents(f"{file}: {first_line(error)}") from None
 
 
 def _run(connection: duckdb.DuckDBPyConnection, query: str, on_progress: Progress | None) -> None:
@@ -666,55 +812,80 @@ def _run(connection: duckdb.DuckDBPyConnection, query: str, on_progress: Progres
         watcher.join()
 
 
-def _summarise(
-    connection: duckdb.DuckDBPyConnection, spec: FeatureSpec, workdir: Path, files: Sequence[Path], missing: set[str]
-) -> Summary:
-    rejected, lines = rejects(connection)
-    written = [_pattern(file) for file in workdir.glob("*/*/*.parquet")]
+@dataclass(frozen=True)
+class Counts:
+    """What normalised rows hold; those of several visitors' partitions add up."""
+
+    rows: int = 0
+    events: int = 0
+    ignored: int = 0
+    bad: int = 0
+    visitors: int = 0
+    first_ms: int | None = None
+    last_ms: int | None = None
+    content: int = 0  # the sum of the rows' hashes
+    examples: tuple[str, ...] = ()
+    numbers: Mapping[int, int] = field(default_factory=dict)  # events whose value is a number, by kind
+
+
+def count(connection: duckdb.DuckDBPyConnection, spec: FeatureSpec, written: Sequence[str]) -> Counts:
+    """What is in normalised files, whose visitors are in no others."""
+    if not written:
+        return Counts()
     good = "bad IS NULL AND kind > 0"
     content = ", ".join(("visitor_hash", "ts_ms", "kind", "id", "attribute", "value", *_kept(spec), "bad"))
-    counts, examples = (0, 0, 0, 0, 0, 0, 0, ""), []
-    if written:
-        table = "read_parquet(?, hive_partitioning = false, union_by_name = true)"
-        counts = connection.execute(
-            f"""SELECT count(*), count(*) FILTER ({good}), count(*) FILTER (bad IS NULL AND kind = 0), count(bad),
-                count(DISTINCT visitor_hash) FILTER (bad IS NULL),
-                coalesce(min(ts_ms) FILTER ({good}), 0), coalesce(max(ts_ms) FILTER ({good}), 0),
-                md5(concat(count(*), '-', sum(hash({content})))) FROM {table}""",
-            [written],
-        ).fetchall()[0]
-        examples = connection.execute(
-            f"SELECT DISTINCT bad FROM {table} WHERE bad IS NOT NULL ORDER BY bad LIMIT 5", [written]
-        ).fetchall()
-        missing = missing | _numberless(connection, spec, written)
-    rows, kept, ignored, bad, visitors, first_ms, last_ms, fingerprint = counts
+    table = "read_parquet(?, hive_partitioning = false, union_by_name = true)"
+    counted = connection.execute(
+        f"""SELECT count(*), count(*) FILTER ({good}), count(*) FILTER (bad IS NULL AND kind = 0), count(bad),
+            count(DISTINCT visitor_hash) FILTER (bad IS NULL), min(ts_ms) FILTER ({good}), max(ts_ms) FILTER ({good}),
+            coalesce(sum(hash({content})), 0) FROM {table}""",
+        [written],
+    ).fetchall()[0]
+    examples = connection.execute(
+        f"SELECT DISTINCT bad FROM {table} WHERE bad IS NOT NULL ORDER BY bad LIMIT 5", [written]
+    ).fetchall()
+    numbers = connection.execute(f"SELECT kind, count(value) FROM {table} WHERE {good} GROUP BY kind", [written])
+    told = tuple(example for (example,) in examples)
+    rows, events, ignored, bad, visitors, first_ms, last_ms, content = counted
+    return Counts(rows, events, ignored, bad, visitors, first_ms, last_ms, content, told, dict(numbers.fetchall()))
+
+
+def _summarise(
+    spec: FeatureSpec,
+    files: Sequence[Path],
+    counts: Sequence[Counts],
+    missing: set[str],
+    rejected: tuple[int, list[str]],
+) -> Summary:
+    rows, content = sum(one.rows for one in counts), sum(one.content for one in counts)
+    fingerprint = hashlib.md5(f"{rows}-{content}".encode(), usedforsecurity=False).hexdigest()
+    examples = sorted({example for one in counts for example in one.examples})[:5]
     return Summary(
         files=tuple(file.name for file in files),
-        rows=rows + rejected,
-        events=kept,
-        ignored=ignored,
-        bad=bad + rejected,
-        examples=(*(example for (example,) in examples), *lines),
-        missing_properties=tuple(sorted(missing)),
-        visitors=visitors,
-        first_ms=first_ms,
-        last_ms=last_ms,
-        fingerprint=fingerprint,
+        rows=rows + rejected[0],
+        events=sum(one.events for one in counts),
+        ignored=sum(one.ignored for one in counts),
+        bad=sum(one.bad for one in counts) + rejected[0],
+        examples=(*examples, *rejected[1]),
+        missing_properties=tuple(sorted(missing | _numberless(spec, counts))),
+        visitors=sum(one.visitors for one in counts),
+        first_ms=min((one.first_ms for one in counts if one.first_ms is not None), default=0),
+        last_ms=max((one.last_ms for one in counts if one.last_ms is not None), default=0),
+        fingerprint=fingerprint if rows else "",
     )
 
 
-def _numberless(connection: duckdb.DuckDBPyConnection, spec: FeatureSpec, written: Sequence[str]) -> set[str]:
+def _numberless(spec: FeatureSpec, counts: Sequence[Counts]) -> set[str]:
     """Values of the catalogue that are not a number in any event of their kind, and how that often happens."""
-    filled = connection.execute(
-        "SELECT kind, count(value) FROM read_parquet(?, hive_partitioning = false, union_by_name = true) "
-        "WHERE bad IS NULL AND kind > 0 GROUP BY kind",
-        [list(written)],
-    ).fetchall()
+    filled: dict[int, int] = {}
+    for one in counts:
+        for code, numbers in one.numbers.items():
+            filled[code] = filled.get(code, 0) + numbers
     names = {kind.code: kind.value for kind in spec.events.values()}
     return {
         f"number in {names[code]} (for decimal commas map it as replace(COLUMN, ',', '.'))"
-        for code, count in filled
-        if names.get(code) is not None and not count
+        for code, numbers in filled.items()
+        if names.get(code) is not None and not numbers
     }
 
 

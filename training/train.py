@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 
@@ -22,9 +22,11 @@ from service.core.features import Plan
 from service.core.spec import Count, FeatureSpec, Recency, Sum
 from training import dataset, evaluate, export, fit, packing, source, specfile, table
 from training.dataset import Dataset, Split
+from training.engine import Engine
 from training.evaluate import Leak
 from training.fit import Fitted
 from training.packing import Judgement
+from training.source import Summary
 
 ALIASES: Final = "aliases.json"
 PRODUCTION: Final = "production"
@@ -34,6 +36,26 @@ THREADS: Final = max(1, (os.cpu_count() or 2) // 2)
 
 # Told the stage that begins, then its share done, 0 to 1.
 Progress = Callable[[str, float], None]
+
+
+Fitting = Callable[..., Fitted]
+
+
+class Cluster(Engine, Protocol):
+    """Many machines, which also fit together: `training.distributed`."""
+
+    def fit(
+        self,
+        dataset: Dataset,
+        split: Split,
+        names: Sequence[str],
+        *,
+        seed: int = 0,
+        threads: int = 1,
+        parameters: Mapping[str, Any] | None = None,
+        on_round: Callable[[int, int], None] | None = None,
+    ) -> Fitted:
+        """What `fit.fit` does."""
 
 
 @dataclass(frozen=True)
@@ -63,16 +85,32 @@ class Trained:
 
 
 def from_events(
-    events: Sequence[str], spec_path: Path, options: Options, on_progress: Progress = lambda stage, share: None
+    events: Sequence[str],
+    spec_path: Path,
+    options: Options,
+    on_progress: Progress = lambda stage, share: None,
+    cluster: Cluster | None = None,
 ) -> Trained:
-    """Train on event files. Raises a PropensityError that says what to mend."""
+    """Train on event files, on a cluster if one is given. Raises a PropensityError that says what to mend."""
     spec = specfile.load(spec_path)
     plan = features.compile(spec)
     _make_directories(options)
+    if cluster is None:
+        rows, summary = _read_here(events, plan, options, on_progress)
+    else:
+        rows, summary = _read_apart(events, plan, options, on_progress, cluster)
+    label = plan.spec.label
+    horizon_ms = dataset.horizon_of(label) if label is not None else None
+    split = dataset.split(rows, horizon_ms, options.seed)
+    fitting = fit.fit if cluster is None else cluster.fit
+    return _train(rows, split, plan, spec_path, _event_data(summary), options, on_progress, fitting)
+
+
+def _read_here(events: Sequence[str], plan: Plan, options: Options, on_progress: Progress) -> tuple[Dataset, Summary]:
     with tempfile.TemporaryDirectory(prefix="propensity-") as workdir:
         log = source.read(
             events,
-            spec,
+            plan.spec,
             Path(workdir),
             max_bad_rows=options.max_bad_rows,
             memory_limit=options.memory_limit,
@@ -85,10 +123,32 @@ def from_events(
             max_rows=options.max_rows,
             on_progress=lambda done, total: on_progress("Building rows", done / total),
         )
-    label = plan.spec.label
-    horizon_ms = dataset.horizon_of(label) if label is not None else None
-    split = dataset.split(rows, horizon_ms, options.seed)
-    return _train(rows, split, plan, spec_path, _event_data(log.summary), options, on_progress)
+    return rows, log.summary
+
+
+def _read_apart(
+    events: Sequence[str], plan: Plan, options: Options, on_progress: Progress, cluster: Cluster
+) -> tuple[Dataset, Summary]:
+    with cluster.workdir(options.artifacts) as workdir:
+        log = cluster.read(
+            events,
+            plan.spec,
+            Path(workdir) / "log",
+            max_bad_rows=options.max_bad_rows,
+            memory_limit=options.memory_limit,
+            on_progress=lambda share: on_progress("Reading events", share),
+        )
+        rows = dataset.build_apart(
+            log,
+            plan,
+            cluster.run,
+            seed=options.seed,
+            max_rows=options.max_rows,
+            memory_limit=options.memory_limit,
+            on_progress=lambda done, total: on_progress("Building rows", done / total),
+        )
+        log.connection.close()
+    return rows, log.summary
 
 
 def from_table(
@@ -124,11 +184,12 @@ def _train(
     data: Mapping[str, Any],
     options: Options,
     on_progress: Progress,
+    fitting: Fitting = fit.fit,
 ) -> Trained:
     spec = plan.spec
     on_progress("Looking for leaks", 0)
     leaks = evaluate.leaks(rows.matrix[split.train], spec.names, rows.label[split.train])
-    fitted = fit.fit(
+    fitted = fitting(
         rows,
         split,
         spec.names,

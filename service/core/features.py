@@ -294,9 +294,9 @@ def _tier(slots: Sequence[_Slot], by_cell: Bools, numbers: Sequence[int]) -> Tie
         weights=np.where(added, np.where(counted, 0.0, -math.inf), counted),
         sums=bisect_right([slot.source for slot in chosen], _DISTINCT),
         operations=tuple((*_OPERATIONS[source], span) for source, span in spans if source in _OPERATIONS),
-        distinct=tuple((span, counted[span].any(axis=0)) for source, span in spans if source == _DISTINCT),
+        distinct=tuple((span, np.asarray(counted[span].any(axis=0))) for source, span in spans if source == _DISTINCT),
         decay_rates=np.array([[-1 / slot.half_life] for slot in chosen if slot.half_life]).reshape(-1, 1),
-        cells=counted.any(axis=0),
+        cells=np.asarray(counted.any(axis=0)),
         least=np.where(added, -math.inf, 0.0),
     )
 
@@ -544,7 +544,15 @@ def _reduce_apart(plan: Plan, taken: _Taken, made: Floats) -> None:
         occupied = np.empty(len(starts), np.bool_)
         np.not_equal(starts[1:], starts[:-1], occupied[:-1])
         occupied[-1] = starts[-1] < len(places)
-        some = _Taken(*(part.take(places) for part in taken[:-1]), heads=starts[occupied])
+        some = _Taken(
+            taken.records[places],
+            taken.row[places],
+            taken.age_ms[places],
+            taken.cell[places],
+            taken.value[places],
+            taken.number[places],
+            starts[occupied],
+        )
         found = np.empty((len(near), len(some.heads)))
         _reduce(plan.near, some, found)
         near[:, occupied] = found
@@ -560,7 +568,7 @@ def _values(plan: Plan, block: _Block) -> tuple[Floats, Ints]:
     if np.count_nonzero(lacking) < len(lacking):
         np.logical_not(lacking, lacking)
         np.copyto(value[1:], 0.0, where=lacking)
-        cell = cell + lacking * plan.cells
+        cell = np.asarray(cell + lacking * plan.cells)
     if plan.has_session and np.count_nonzero(block.age_ms[block.last] < plan.session_gap):
         cell = cell + _in_session(plan, block) * plan.session_cells
     return value, cell

@@ -1,0 +1,249 @@
+"""Many machines: partitions of visitors worked on by Dask workers, and LightGBM's own trainer on them.
+
+Scheduler and workers carry tasks and small results; events, features and scores go by files. So every worker has to
+see the same file system under the same paths, and to have this package installed. Needs the extra `dask`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import numpy as np
+
+from service.core.errors import PropensityError
+from service.core.spec import FeatureSpec
+from training import source
+from training.engine import cores
+from training.source import EventLog, Progress
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+    from training.dataset import Dataset, Split
+    from training.fit import Fitted
+
+Job = TypeVar("Job")
+Done = TypeVar("Done")
+
+CONNECT_S: Final = 10
+# Slices of the events a worker: so that the last ones are done at about the same time.
+SLICES: Final = 4
+# Rounds that are fitted before it is looked whether the best one lies far enough behind.
+ROUNDS: Final = 100
+# Rows that the loss of each round is taken from.
+MOST_JUDGED: Final = 100_000
+# What the trainer's own names are, so that its defaults do not stand beside the values.
+_NAMES: Final = {
+    "min_data_in_leaf": "min_child_samples",
+    "lambda_l1": "reg_alpha",
+    "lambda_l2": "reg_lambda",
+    "feature_fraction": "colsample_bytree",
+    "bagging_fraction": "subsample",
+    "bagging_freq": "subsample_freq",
+    "min_gain_to_split": "min_split_gain",
+    "min_sum_hessian_in_leaf": "min_child_weight",
+}
+
+
+@contextmanager
+def connected(scheduler: str | None = None, processes: int | None = None) -> Iterator[Dask]:
+    """The cluster of a scheduler; without its address one of so many processes of this machine."""
+    try:
+        from distributed import Client, LocalCluster
+    except ModuleNotFoundError as error:
+        raise PropensityError(
+            f"{error.name} is not installed; install what --engine dask needs with pip install 'propensity[dask]'"
+        ) from None
+    with ExitStack() as stack:
+        if scheduler is None:
+            cluster = stack.enter_context(
+                LocalCluster(
+                    n_workers=processes or cores(),
+                    threads_per_worker=1,
+                    processes=True,
+                    host="127.0.0.1",
+                    dashboard_address=None,
+                    local_directory=stack.enter_context(tempfile.TemporaryDirectory(prefix="propensity-dask-")),
+                )
+            )
+            client = stack.enter_context(Client(cluster))
+        else:
+            try:
+                client = stack.enter_context(Client(scheduler, timeout=CONNECT_S))
+            except (OSError, ValueError) as error:
+                raise PropensityError(
+                    f"no Dask scheduler answers at {scheduler} ({error}); start one with `dask scheduler`, and workers "
+                    "with `dask worker ADDRESS`; or leave --scheduler out for processes of this machine"
+                ) from None
+        yield Dask(client)
+
+
+class Dask:
+    """An engine: what `training.engine` asks of one, and `fit`."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        if not self.client.scheduler_info()["workers"]:
+            raise PropensityError("the Dask scheduler has no workers; start some with `dask worker ADDRESS`")
+
+    @contextmanager
+    def workdir(self, beside: Path) -> Iterator[str]:
+        """In the directory `beside`. Raises PropensityError unless every worker sees it."""
+        with tempfile.TemporaryDirectory(prefix=".propensity-", dir=beside.absolute()) as made:
+            mark = Path(made) / uuid.uuid4().hex
+            mark.touch()
+            for worker, (sees, version) in self._ask(_look, str(mark)).items():
+                if not sees:
+                    raise PropensityError(
+                        f"the Dask worker {worker} does not see {beside.absolute()}; all workers need one file system"
+                    )
+                if version != importlib.metadata.version("propensity"):
+                    raise PropensityError(f"the Dask worker {worker} has propensity {version}; install the same there")
+            yield made
+
+    def _ask(self, function: Callable[..., Done], *arguments: object) -> Mapping[str, Done]:
+        try:
+            found: Mapping[str, Done] = self.client.run(function, *arguments)
+        except ModuleNotFoundError as error:
+            raise PropensityError(
+                f"a Dask worker cannot import {error.name}; install propensity[training,dask] where workers run"
+            ) from None
+        return found
+
+    def read(
+        self,
+        paths: Sequence[str],
+        spec: FeatureSpec,
+        workdir: Path,
+        *,
+        max_bad_rows: int = 1000,
+        memory_limit: str = "1GB",
+        on_progress: Progress | None = None,
+    ) -> EventLog:
+        """Each worker reads slices of the files."""
+        workdir.mkdir(exist_ok=True)
+        workers = sum(self.client.ncores().values())
+        connection = source.connect(workdir, memory_limit)
+        job = source.sliced(connection, paths, spec, workdir, SLICES * workers, memory_limit)
+        steps = len(job.slices) + job.partitions
+        found, counts = [], []
+        for _, one in self.run(source.read_slice, job, len(job.slices)):
+            found.append(one)
+            if on_progress is not None:
+                on_progress(len(found) / steps)
+        for _, counted in self.run(source.count_partition, job, job.partitions):
+            counts.append(counted)
+            if on_progress is not None:
+                on_progress((len(found) + len(counts)) / steps)
+        summary = job.summarise(found, counts, max_bad_rows)
+        return EventLog(spec, workdir.absolute(), job.partitions, summary, connection)
+
+    def run(self, function: Callable[[Job, int], Done], job: Job, count: int) -> Iterator[tuple[int, Done]]:
+        """As they are done; a task whose worker is lost is worked on by another one."""
+        from distributed import KilledWorker, as_completed
+
+        (shared,) = self.client.scatter([job], broadcast=True, hash=False)
+        numbers = {self.client.submit(function, shared, index, pure=False): index for index in range(count)}
+        try:
+            for future in as_completed(list(numbers)):
+                yield numbers.pop(future), future.result()
+        except KilledWorker as error:
+            raise PropensityError(
+                f"Dask workers ended while they worked ({error}), most likely for want of memory; give them more"
+            ) from None
+        finally:
+            self.client.cancel(list(numbers))
+
+    def fit(
+        self,
+        dataset: Dataset,
+        split: Split,
+        names: Sequence[str],
+        *,
+        seed: int = 0,
+        threads: int = 1,
+        parameters: Mapping[str, Any] | None = None,
+        on_round: Callable[[int, int], None] | None = None,
+    ) -> Fitted:
+        """What `fit.fit` does, with the rows to fit on spread over the workers; each uses as many threads as it has.
+
+        LightGBM's trainer for Dask does not stop early, so rounds are fitted some at a time, until the best one on
+        split.stop lies far enough behind.
+        """
+        import lightgbm
+
+        from training import fit
+
+        settings = {_NAMES.get(name, name): value for name, value in {**fit.DEFAULTS, **(parameters or {})}.items()}
+        matrix, label = self._spread(dataset, split)
+        stopping = _Stopping(dataset, split)
+        booster: Any = None
+        while not stopping.is_over:
+            trainer = lightgbm.DaskLGBMRegressor(  # the one for classes has each worker look at its own labels alone
+                client=self.client, n_estimators=ROUNDS, random_state=seed + stopping.rounds, **settings
+            )
+            trainer.fit(matrix, label, feature_name=list(names), init_model=booster)
+            booster = trainer.to_local().booster_
+            stopping.look(booster)
+            if on_round is not None:
+                on_round(stopping.rounds, fit.MAX_ROUNDS)
+        booster.best_iteration = stopping.best_round
+        margin = np.asarray(booster.predict(dataset.matrix[split.calibrate], raw_score=True), np.float64)
+        return fit.Fitted(booster, fit.calibrate(margin, dataset.label[split.calibrate]), stopping.curve)
+
+    def _spread(self, dataset: Dataset, split: Split) -> tuple[Any, Any]:
+        """The rows to fit on and their labels as Dask arrays, a chunk of each on every worker."""
+        from dask import array
+        from dask.delayed import delayed
+
+        workers = sorted(self.client.scheduler_info()["workers"])
+        matrices, labels = [], []
+        for worker, rows in zip(workers, np.array_split(split.train, len(workers)), strict=True):
+            matrix, label = self.client.scatter(
+                [dataset.matrix[rows], dataset.label[rows].astype(np.float32)], workers=[worker], hash=False
+            )
+            matrices.append(array.from_delayed(delayed(matrix), (len(rows), dataset.matrix.shape[1]), dtype=np.float32))
+            labels.append(array.from_delayed(delayed(label), (len(rows),), dtype=np.float32))
+        return array.concatenate(matrices), array.concatenate(labels)
+
+
+class _Stopping:
+    """The log loss after each round, and whether the best one lies so far behind that it stays the best."""
+
+    def __init__(self, dataset: Dataset, split: Split) -> None:
+        self._parts = {}
+        for name, rows in (("train", split.train), ("stop", split.stop)):
+            some = rows[:: -(-len(rows) // MOST_JUDGED)]
+            self._parts[name] = (dataset.matrix[some], dataset.label[some], np.zeros(len(some)))
+        self.curve: dict[str, list[float]] = {name: [] for name in self._parts}
+        self.is_over = False
+
+    @property
+    def rounds(self) -> int:
+        return len(self.curve["stop"])
+
+    @property
+    def best_round(self) -> int:
+        return int(np.argmin(self.curve["stop"])) + 1
+
+    def look(self, booster: Any) -> None:
+        """Judge the rounds that came to it."""
+        from training import fit
+
+        before, after = self.rounds, booster.num_trees()
+        for place in range(before, after):
+            for name, (matrix, label, margin) in self._parts.items():
+                margin += booster.predict(matrix, raw_score=True, start_iteration=place, num_iteration=1)
+                self.curve[name].append(float(np.mean(np.logaddexp(0, margin) - label * margin)))
+        is_done = after < before + ROUNDS or after >= fit.MAX_ROUNDS
+        self.is_over = is_done or self.best_round + fit.PATIENCE <= after
+
+
+def _look(path: str) -> tuple[bool, str]:
+    return Path(path).exists(), importlib.metadata.version("propensity")
