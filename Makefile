@@ -7,6 +7,7 @@
 .PHONY: help setup setup-dev run test lint format examples load bench bench-features bench-ingest bench-memory bench-training bench-tracing drift-proof hysteresis-proof rules faults fresh-run lock image dashboards observe traffic preview clean system again
 .PHONY: help setup setup-dev run test lint format examples load bench bench-audiences bench-features bench-ingest bench-memory bench-training bench-tracing drift-proof hysteresis-proof rules faults fresh-run lock image dashboards observe traffic preview clean system again
 .PHONY: help setup setup-dev run test lint format examples identities load bench bench-features bench-ingest bench-memory bench-training bench-tracing drift-proof rules faults fresh-run lock image dashboards observe traffic preview clean system again
+.PHONY: help setup setup-dev run test lint format examples load bench bench-features bench-ingest bench-memory bench-training bench-batch bench-tracing drift-proof rules faults fresh-run lock image dashboards observe traffic preview clean system again
 
 BIN := .venv/bin
 PORT ?= 8000
@@ -98,6 +99,9 @@ bench-members: .venv/.ready-dev ## Page through a million members while scores c
 
 bench-training: .venv/.ready-dev ## Measure time and memory of simulating and of training on 1 and 20 million events
 	@$(BIN)/python -m loadtest.bench_training
+
+bench-batch: .venv/.ready-dev ## Measure scoring a million visitors: rates, memory, Dask workers; PARTS="rates memory dask", DATA=DIR to keep the shop
+	@$(BIN)/python -m loadtest.bench_batch $(PARTS) $(if $(filter command line,$(origin DATA)),--data $(DATA))
 
 bench-tracing: .venv/.ready-dev ## Measure what traces cost a score, off and on
 	@$(MAKE) --no-print-directory system PROGRAMS="redis-server wrk"

@@ -90,6 +90,7 @@ class Scored:
     """n visitors of a partition, in its order."""
 
     propensity: npt.NDArray[np.float32]  # [n]
+    rank: npt.NDArray[np.int64]  # [n] at which place each was given to the model
     matrix: npt.NDArray[np.float32]  # [n, F]
     last_event_ms: npt.NDArray[np.int64]  # [n] 0 without an event that counts
 
@@ -164,25 +165,29 @@ def predict(model: Bundle, partition: Partition, at_ms: int, context: Mapping[st
 
     What happened after at_ms is not looked at: who was not here before is scored as somebody new.
     """
+    found = evaluate(model, partition, at_ms, context)
+    order = _alike(model, found)
+    propensity, rank = np.empty(len(order), np.float32), np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order))
+    for first in range(0, len(order), BATCH_ROWS):
+        chosen = order[first : first + BATCH_ROWS]
+        propensity[chosen] = model.predict(found.matrix[chosen])
+    last_event_ms = np.where(found.last_age_ms < 0, 0, at_ms - found.last_age_ms)
+    return Scored(propensity, rank, found.matrix, last_event_ms)
+
+
+def evaluate(model: Bundle, partition: Partition, at_ms: int, context: Mapping[str, object]) -> Evaluated:
+    """The features of a partition's visitors as of at_ms."""
     rows = len(partition.visitor_hash)
-    now_ms = np.full(rows, at_ms, np.int64)
-    request = np.tile(np.array(model.plan.encode_request(context), np.float32), (rows, 1))
-    found = features.evaluate(
+    return features.evaluate(
         model.plan,
         partition.records,
         partition.starts,
-        now_ms,
+        np.full(rows, at_ms, np.int64),
         partition.traits,
         partition.trait_starts,
-        request,
+        np.tile(np.array(model.plan.encode_request(context), np.float32), (rows, 1)),
     )
-    order = _alike(model, found)
-    propensity = np.empty(rows, np.float32)
-    for first in range(0, rows, BATCH_ROWS):
-        chosen = order[first : first + BATCH_ROWS]
-        propensity[chosen] = model.predict(found.matrix[chosen])
-    last_event_ms = np.where(found.last_age_ms < 0, 0, now_ms - found.last_age_ms)
-    return Scored(propensity, found.matrix, last_event_ms)
 
 
 def _alike(model: Bundle, found: Evaluated) -> npt.NDArray[np.int64]:

@@ -7,6 +7,8 @@ see the same file system under the same paths, and to have this package installe
 from __future__ import annotations
 
 import importlib.metadata
+import logging
+import os
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -73,6 +75,7 @@ def connected(scheduler: str | None = None, processes: int | None = None) -> Ite
                 )
             )
             client = stack.enter_context(Client(cluster))
+            client.run(_mute)
         else:
             try:
                 client = stack.enter_context(Client(scheduler, timeout=CONNECT_S))
@@ -180,6 +183,8 @@ class Dask:
 
         from training import fit
 
+        self._ask(_quieten)
+        _quieten()
         settings = {_NAMES.get(name, name): value for name, value in {**fit.DEFAULTS, **(parameters or {})}.items()}
         matrix, label = self._spread(dataset, split)
         stopping = _Stopping(dataset, split)
@@ -243,6 +248,21 @@ class _Stopping:
                 self.curve[name].append(float(np.mean(np.logaddexp(0, margin) - label * margin)))
         is_done = after < before + ROUNDS or after >= fit.MAX_ROUNDS
         self.is_over = is_done or self.best_round + fit.PATIENCE <= after
+
+
+def _mute() -> None:
+    """Say nothing on stdout, which a worker has from the command that started it, and LightGBM's threads write to."""
+    with open(os.devnull, "w") as nowhere:  # noqa: PTH123 - no path of ours
+        os.dup2(nowhere.fileno(), 1)
+
+
+def _quieten() -> None:
+    """Have LightGBM tell errors alone: it says of each worker how it finds the others."""
+    import lightgbm
+
+    logger = logging.getLogger("propensity.lightgbm")
+    logger.setLevel(logging.ERROR)
+    lightgbm.register_logger(logger)
 
 
 def _look(path: str) -> tuple[bool, str]:
