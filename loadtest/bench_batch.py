@@ -1,4 +1,4 @@
-"""Batch scoring of a million visitors with 20 million events: rates beside ONNX Runtime alone, memory, and Dask workers.
+"""Scoring a million visitors with 20 million events: the rate beside ONNX Runtime alone, memory, and Dask workers.
 
 The simulated shop and a model trained on it. Parts: `rates`, `memory`, `dask`; all of them unless named. With `--data
 DIR` the shop is made there and kept, so that the next run need not make it again. Exits with 1 where a promise is
@@ -139,7 +139,7 @@ def rates(data: Path) -> bool:
     print(f"{PROCESSES} processes of one thread, {batch.BATCH_ROWS:,} rows a call: rows a second, median of {ROUNDS}")
     for name, one in rate.items():
         print(f"  {name:48} {one:>10,.0f}   {one / rate[ALONE]:>6.1%}")
-    return rate[BOTH] >= RATIO * rate[ALONE]
+    return bool(rate[BOTH] >= RATIO * rate[ALONE])
 
 
 ALONE: Final = "ONNX Runtime alone, ready-made vectors as they come"
@@ -168,9 +168,10 @@ def _measure(log: Path, model: Path, part: range, barrier: Barrier, results: Any
     results.put((rows, sum(len(partition.records) for partition in partitions), times))
 
 
-def _infer(model: Bundle, matrix: Any) -> None:
+def _infer(model: Bundle, matrix: Any) -> int:
     for first in range(0, len(matrix), batch.BATCH_ROWS):
         model.predict(matrix[first : first + batch.BATCH_ROWS])
+    return len(matrix)
 
 
 def _features(model: Bundle, partition: Partition) -> object:
@@ -180,7 +181,7 @@ def _features(model: Bundle, partition: Partition) -> object:
 def _wall(times: Sequence[Sequence[tuple[float, float]]]) -> float:
     """The median over the rounds of the seconds from the first process's begin to the last one's end."""
     rounds = zip(*times, strict=True)
-    return statistics.median(max(end for _, end in one) - min(begun for begun, _ in one) for one in rounds)
+    return float(statistics.median(max(end for _, end in one) - min(begun for begun, _ in one) for one in rounds))
 
 
 def features_of(data: Path) -> Sequence[str]:
