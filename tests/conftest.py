@@ -14,8 +14,9 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx2
 import numpy as np
@@ -359,3 +360,57 @@ def service(
     process.wait_until_ready()
     yield process
     process.end()
+
+
+class Shop(NamedTuple):
+    """A small shop that is open now: its events, the spec, and the model trained on it."""
+
+    events: Path
+    spec: Path
+    artifacts: Path
+    model: Path
+
+    @property
+    def files(self) -> list[str]:
+        """What to give to whatever reads event files."""
+        return [str(self.events)]
+
+
+SMALL_SHOP = """
+model: purchase_5d
+events:
+  view:     {code: 1, event: Product Viewed,  value: price, attribute: category}
+  cart:     {code: 2, event: Product Added,   value: price, attribute: category}
+  purchase: {code: 3, event: Order Completed, value: revenue}
+label: {event: purchase, horizon: 5d}
+rows: {per_visitor: 5}
+fit: {learning_rate: 0.3, num_leaves: 5}
+features:
+  views_1d:   {count: view, window: 1d}
+  views:      {count: view}
+  carts_7d:   {count: cart, window: 7d}
+  spent:      {sum: purchase}
+  mean_7d:    {mean: view, window: 7d}
+  categories: {distinct: view, window: 7d}
+  since_view: {recency: view}
+  interest:   {decay: view, half_life: 1d}
+  session:    {session: duration}
+  cart_rate:  {ratio: [carts_7d, views], prior: [1, 20]}
+  device:     {trait: device, categories: [mobile, desktop, tablet]}
+  referrer:   {request: referrer, categories: [direct, search, email, ads]}
+"""
+
+
+@pytest.fixture(scope="session")
+def open_shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    """Simulated and trained once; tests only read it."""
+    from training import simulate, train
+
+    directory = tmp_path_factory.mktemp("open-shop")
+    events_path, spec_path = directory / "events.parquet", directory / "spec.yaml"
+    spec_path.write_text(SMALL_SHOP, encoding="utf-8")
+    now = datetime.now(UTC).replace(microsecond=0)
+    simulate.simulate(simulate.Shop(visitors=2500, days=40, seed=2, end=now), events_path)
+    options = train.Options(artifacts=directory / "artifacts", seed=7, threads=1)
+    trained = train.from_events([str(events_path)], spec_path, options)
+    return Shop(events_path, spec_path, options.artifacts, trained.bundle.path)

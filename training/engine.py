@@ -63,7 +63,12 @@ class Here:
         """By DuckDB, which uses all cores."""
         workdir.mkdir(exist_ok=True)
         return source.read(
-            paths, spec, workdir, max_bad_rows=max_bad_rows, memory_limit=memory_limit, on_progress=on_progress
+            paths,
+            spec,
+            workdir,
+            max_bad_rows=max_bad_rows,
+            memory_limit=memory_limit,
+            on_progress=on_progress,
         )
 
     def workdir(self, beside: Path) -> AbstractContextManager[str]:

@@ -164,15 +164,16 @@ def read(
     memory_limit: str = "1GB",
     on_progress: Progress | None = None,
     now_ms: int | None = None,
+    partitions: int = 1,
 ) -> EventLog:
     """Read event files (CSV, Parquet, NDJSON; also .gz; globs and directories) into `workdir`.
 
     What `service.ingest` refuses, received at now_ms (the clock's unless given), is bad here too: counted, shown, and
-    an error beyond max_bad_rows. Raises UnreadableEvents.
+    an error beyond max_bad_rows. `partitions`: at least so many. Raises UnreadableEvents.
     """
     files = find_files(paths)
     connection = connect(workdir, memory_limit)
-    partitions = _partition_count(connection, files)
+    partitions = max(_partition_count(connection, files), partitions)
     relations = [Relation(connection, spec, *group) for group in groups(files, spec)]
     for number, relation in enumerate(relations):
         relation.copy(workdir / f"group{number}", partitions, _latest(now_ms), on_progress)

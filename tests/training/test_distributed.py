@@ -1,0 +1,187 @@
+"""A real cluster of two Dask worker processes: the same results as on one machine."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from service.core import bundle
+from service.core.errors import PropensityError
+from tests.conftest import Shop
+from training import batch, dataset, distributed, evaluate, fit, point_in_time, source
+from training.batch import Options
+from training.distributed import Dask
+from training.engine import Here
+
+AUC_TOLERANCE = 0.02
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Dask]:
+    with distributed.connected(None, 2) as engine:
+        assert len(engine.client.scheduler_info()["workers"]) == 2
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def files(open_shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The shop's events in two files of other columns, one of which also has a bad row: workers read them apart."""
+    directory = tmp_path_factory.mktemp("two")
+    table = pq.read_table(open_shop.events)
+    half = len(table) // 2
+    pq.write_table(table[:half], directory / "a.parquet")
+    bad = pa.table({"event": ["Product Viewed"], "timestamp": [None]}).cast(
+        pa.schema([table.schema.field("event"), table.schema.field("timestamp")])
+    )
+    rest = pa.concat_tables([table[half:].drop_columns(["traits"]), bad], promote_options="default")
+    pq.write_table(rest, directory / "b.parquet")
+    return [str(directory)]
+
+
+def test_events_read_in_slices_are_those_read_at_once(
+    open_shop: Shop, files: list[str], cluster: Dask, tmp_path: Path
+) -> None:
+    spec = bundle.load(open_shop.model).spec
+    here = source.read(files, spec, tmp_path)
+    apart = cluster.read(files, spec, tmp_path / "apart")
+    assert apart.summary == here.summary
+    assert apart.summary.bad == 1
+    assert apart.partitions > here.partitions == 1
+    seen = np.concatenate([partition.visitor_hash for partition in apart])
+    assert np.array_equal(np.sort(seen), here.partition(0).visitor_hash)
+
+
+def test_more_bad_rows_than_allowed_are_told_as_on_one_machine(
+    open_shop: Shop, files: list[str], cluster: Dask, tmp_path: Path
+) -> None:
+    spec = bundle.load(open_shop.model).spec
+    with pytest.raises(PropensityError, match="more than --max-bad-rows 0") as told:
+        cluster.read(files, spec, tmp_path / "apart", max_bad_rows=0)
+    (tmp_path / "here").mkdir()
+    with pytest.raises(PropensityError) as here:
+        source.read(files, spec, tmp_path / "here", max_bad_rows=0)
+    assert str(told.value) == str(here.value)
+
+
+def test_text_files_go_to_workers_whole_with_the_types_of_all(open_shop: Shop, cluster: Dask, tmp_path: Path) -> None:
+    """`price` is whole in one file alone: its text as an attribute must not depend on who reads it."""
+    spec = bundle.load(open_shop.model).spec
+    for name, price in (("a", "7"), ("b", "7.5"), ("c", "8")):
+        lines = [f"Product Viewed,{name}{row},2026-03-0{row}T10:00:00Z,{price},shoes" for row in range(1, 9)]
+        (tmp_path / f"{name}.csv").write_text(
+            "\n".join(["event,userId,timestamp,price,category", *lines]) + "\n", encoding="utf-8"
+        )
+    (tmp_path / "log").mkdir()
+    here = source.read([str(tmp_path / "*.csv")], spec, tmp_path / "log")
+    apart = cluster.read([str(tmp_path / "*.csv")], spec, tmp_path / "apart")
+    assert apart.summary == here.summary
+    assert apart.summary.events == 24
+
+
+def test_scores_are_the_same_to_the_bit(open_shop: Shop, files: list[str], cluster: Dask, tmp_path: Path) -> None:
+    found = []
+    for name, engine in (("here", Here()), ("apart", cluster)):
+        made = batch.score(
+            *(files, open_shop.model, 1_790_000_000_000, tmp_path / name),
+            *(Options(columns=("all",), context={"referrer": "ads"}), engine),
+        )
+        table = pq.read_table(tmp_path / name).sort_by("visitor_id")
+        assert made.rows == len(table) > 1000
+        found.append(table)
+    names = found[0].schema.names
+    assert all(bits(found[0], name) == bits(found[1], name) for name in names)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["apart", "here"]
+    assert len(list((tmp_path / "apart").iterdir())) > 1
+
+
+def bits(table: pa.Table, name: str) -> list[object]:
+    column = table[name].combine_chunks()
+    values: list[object] = (
+        column.to_numpy().view(np.uint32).tolist() if column.type == pa.float32() else column.to_pylist()
+    )
+    return values
+
+
+def test_features_at_moments_of_the_past_are_the_same_file(
+    open_shop: Shop, files: list[str], cluster: Dask, tmp_path: Path
+) -> None:
+    table = pq.read_table(open_shop.events)[::97]
+    visitor = [
+        one or other
+        for one, other in zip(*(table[name].to_pylist() for name in ("userId", "anonymousId")), strict=True)
+    ]
+    referrer = [context["referrer"] for context in table["context"].to_pylist()]
+    at = tmp_path / "at.parquet"
+    pq.write_table(pa.table({"visitor_id": visitor, "at": table["timestamp"], "referrer": referrer}), at)
+    for name, engine in (("here", None), ("apart", cluster)):
+        rows = point_in_time.write(files, open_shop.spec, at, tmp_path / f"{name}.parquet", engine=engine)
+        assert rows == len(table)
+    assert (tmp_path / "here.parquet").read_bytes() == (tmp_path / "apart.parquet").read_bytes()
+
+
+def test_training_rows_are_the_same_and_the_model_is_as_good(
+    open_shop: Shop, files: list[str], cluster: Dask, tmp_path: Path
+) -> None:
+    plan = bundle.load(open_shop.model).plan
+    here = dataset.build(source.read(files, plan.spec, tmp_path), plan, seed=1, max_rows=5000)
+    log = cluster.read(files, plan.spec, tmp_path / "apart")
+    apart = dataset.build_apart(log, plan, cluster.run, seed=1, max_rows=5000)
+    assert len(here) == len(apart) == 5000
+    assert np.array_equal(here.matrix.view(np.uint32), apart.matrix.view(np.uint32))
+    assert np.array_equal(here.visitor, apart.visitor)
+    assert np.array_equal(here.label, apart.label)
+    assert len(apart.golden) == len(here.golden)
+    assert here.population is not None and apart.population is not None
+    order, other = (np.lexsort((one.matrix[:, 1], one.visitor)) for one in (here.population, apart.population))
+    assert np.array_equal(here.population.visitor[order], apart.population.visitor[other])
+    split = dataset.split(here, 5 * 86_400_000, 1)
+    settings = {"learning_rate": 0.3, "num_leaves": 5}
+    alone = fit.fit(here, split, plan.spec.names, seed=1, parameters=settings)
+    together = cluster.fit(apart, split, plan.spec.names, seed=1, parameters=settings)
+    assert together.booster.feature_name() == list(plan.spec.names)
+    assert together.booster.best_iteration == int(np.argmin(together.learning_curve["stop"])) + 1
+    truth, visitor = here.label[split.test], here.visitor[split.test].view(np.int64)
+    auc = [evaluate.evaluate(truth, one.predict(here.matrix[split.test]), visitor).roc_auc for one in (alone, together)]
+    assert auc[0] > 0.6
+    assert abs(auc[0] - auc[1]) < AUC_TOLERANCE
+
+
+def test_without_dask_it_says_what_to_install(tmp_path: Path) -> None:
+    """In a process that cannot import it, as one without the extra; `propensity train --help` works all the same."""
+    code = (
+        "import sys; sys.modules['distributed'] = None\n"
+        "from training import distributed, batch, train, point_in_time\n"
+        "from service.core.errors import PropensityError\n"
+        "try:\n    distributed.connected().__enter__()\n"
+        "except PropensityError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == (
+        "distributed is not installed; install what --engine dask needs with pip install 'propensity[dask]'"
+    )
+
+
+def test_an_address_without_a_scheduler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "CONNECT_S", 0.2)
+    with (
+        pytest.raises(PropensityError, match="no Dask scheduler answers at tcp://127.0.0.1:9 "),
+        distributed.connected("tcp://127.0.0.1:9"),
+    ):
+        pass
+
+
+def test_workers_of_another_file_system_are_told(
+    cluster: Dask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "_ask", lambda function, path: {"tcp://elsewhere:1": (False, "0.1.0")})
+    said = "tcp://elsewhere:1 does not see .*; all workers need one file system"
+    with pytest.raises(PropensityError, match=said), cluster.workdir(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
