@@ -410,7 +410,7 @@ def open_shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
     events_path, spec_path = directory / "events.parquet", directory / "spec.yaml"
     spec_path.write_text(SMALL_SHOP, encoding="utf-8")
     now = datetime.now(UTC).replace(microsecond=0)
-    simulate.simulate(simulate.Shop(visitors=2500, days=40, seed=2, end=now), events_path)
+    simulate.simulate(simulate.Shop(visitors=2000, days=30, seed=2, end=now), events_path)
     options = train.Options(artifacts=directory / "artifacts", seed=7, threads=1)
     trained = train.from_events([str(events_path)], spec_path, options)
     return Shop(events_path, spec_path, options.artifacts, trained.bundle.path)

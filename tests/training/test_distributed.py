@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +15,7 @@ import pytest
 from service.core import bundle
 from service.core.errors import PropensityError
 from tests.conftest import Shop
+from tests.test_layers import ROOT, imports
 from training import batch, dataset, distributed, evaluate, fit, point_in_time, source
 from training.batch import Options
 from training.distributed import Dask
@@ -130,10 +131,10 @@ def test_training_rows_are_the_same_and_the_model_is_as_good(
     open_shop: Shop, files: list[str], cluster: Dask, tmp_path: Path
 ) -> None:
     plan = bundle.load(open_shop.model).plan
-    here = dataset.build(source.read(files, plan.spec, tmp_path), plan, seed=1, max_rows=5000)
+    here = dataset.build(source.read(files, plan.spec, tmp_path), plan, seed=1, max_rows=3000)
     log = cluster.read(files, plan.spec, tmp_path / "apart")
-    apart = dataset.build_apart(log, plan, cluster.run, seed=1, max_rows=5000)
-    assert len(here) == len(apart) == 5000
+    apart = dataset.build_apart(log, plan, cluster.run, seed=1, max_rows=3000)
+    assert len(here) == len(apart) == 3000
     assert np.array_equal(here.matrix.view(np.uint32), apart.matrix.view(np.uint32))
     assert np.array_equal(here.visitor, apart.visitor)
     assert np.array_equal(here.label, apart.label)
@@ -153,19 +154,19 @@ def test_training_rows_are_the_same_and_the_model_is_as_good(
     assert abs(auc[0] - auc[1]) < AUC_TOLERANCE
 
 
-def test_without_dask_it_says_what_to_install(tmp_path: Path) -> None:
-    """In a process that cannot import it, as one without the extra; `propensity train --help` works all the same."""
-    code = (
-        "import sys; sys.modules['distributed'] = None\n"
-        "from training import distributed, batch, train, point_in_time\n"
-        "from service.core.errors import PropensityError\n"
-        "try:\n    distributed.connected().__enter__()\n"
-        "except PropensityError as error: print(error)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    assert done.stdout.strip() == (
+def test_without_dask_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    said = re.escape(
         "distributed is not installed; install what --engine dask needs with pip install 'propensity[dask]'"
     )
+    with pytest.raises(PropensityError, match=said), distributed.connected():
+        pass
+
+
+def test_dask_is_imported_only_when_it_is_asked_for() -> None:
+    found = [one for one in imports(ROOT) if one.library in ("dask", "distributed")]
+    assert {one.importer for one in found if not one.at_start} == {"training.distributed"}
+    assert [one for one in found if one.at_start] == []
 
 
 def test_an_address_without_a_scheduler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
