@@ -594,7 +594,8 @@ def _take(tier: Tier, taken: _Taken, weights: Floats) -> None:
     if len(tier.decay_rates):
         operands["decay"] = np.exp2(tier.decay_rates * age)
     for combine, operand, slots in tier.operations:
-        combine(weights[slots], operands[operand], weights[slots])
+        own = weights[slots]
+        combine(own, operands[operand], own)
 
 
 def _drop_repeats(taken: _Taken, weights: Floats, counted: Bools) -> None:
