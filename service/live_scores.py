@@ -44,10 +44,11 @@ class LiveScores:
         model = bundle.name, bundle.version
         shards = self._held.get(model) or self._held.setdefault(model, [{} for _ in range(SHARDS)])
         at_ms = batch.now_ms
-        for request, answer in zip(batch.requests, answers, strict=True):
+        names = batch.owners or [request.visitor_id for request in batch.requests]
+        for name, request, answer in zip(names, batch.requests, answers, strict=True):
             if type(answer) is not Score or answer.propensity is None or not answer.events or request.features:
                 continue
-            tag = tag_of(answer.visitor_id)
+            tag = tag_of(name)
             held = shards[shard_of(tag)]
             if tag not in held:
                 if self.held >= self._buffer:

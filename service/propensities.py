@@ -430,17 +430,23 @@ class Propensities:
 
     async def forget(self, ids: Sequence[str]) -> int:
         """Drop the scores, segments and moves of visitors. Returns how many there were."""
-        dropped = 0
+        dropped = await self.drop(ids)
         for model in await self.models():
             journal = self.journal(model)
             for shard, members in by_shard(ids).items():
-                tags = [tag for _, tag in members]
-                for piece in slices(tags, MOST_OF_SCRIPT):
+                await journal.drain([shard])
+                for _, tag in members:
+                    dropped += await journal.scrub(tag)
+        return dropped
+
+    async def drop(self, ids: Sequence[str]) -> int:
+        """Drop the scores and segments of visitors, not what is told of their moves. Returns how many there were."""
+        dropped = 0
+        for model in await self.models():
+            for shard, members in by_shard(ids).items():
+                for piece in slices([tag for _, tag in members], MOST_OF_SCRIPT):
                     words: Command = ("EVAL", _PRUNE, 3, *self._keys(model, shard), "-", 0, MOMENTS, *piece)
                     dropped += (await self._cache.run(words))[0][1]
-                await journal.drain([shard])
-                for tag in tags:
-                    dropped += await journal.scrub(tag)
         return dropped
 
     async def prune(self, model: str, before_ms: int) -> AsyncIterator[int]:

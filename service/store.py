@@ -549,7 +549,7 @@ class Store:
                 return "refused"
             if done:
                 await self.settle(anonymous, now_ms)
-                await Propensities(self).forget([anonymous])  # the score is of whom it belongs to from now on
+                await Propensities(self).drop([anonymous])  # its scores are of whom it belongs to from now on
                 return "joined"
         raise StoreError("a visitor is being joined by others at this moment; try again later")
 

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import redis
 from hypothesis import given, settings
@@ -18,6 +19,7 @@ from service.consent import Identities, statement
 from service.core import events
 from service.errors import StoreError
 from service.joining import Linked, Login
+from service.propensities import Propensities
 from service.servers import Command
 from service.store import Family, History, Quarantined, Store
 
@@ -137,6 +139,14 @@ async def test_what_comes_for_the_anonymous_id_later_reaches_the_known_one(store
     assert await whole(store, "u") == History(expected, late.traits)
     assert direct.strlen(store.keys("a")[0]) == length
     assert (await Identities(store).read(["u"], NOW_MS))[0].consents["crm"]
+
+
+@pytest.mark.anyio
+async def test_who_is_joined_has_no_score_of_its_own_any_more(store: Store) -> None:
+    scores = Propensities(store)
+    await scores.put("shop", "1", ["anonymous", "ann", "other"], np.array([0.1, 0.2, 0.3], np.float32), NOW_MS)
+    await store.join([("anonymous", Login(NOW_MS, "ann"))], NOW_MS)
+    assert [one.visitor_id for one in await scores.top("shop", 9)] == ["other", "ann"]
 
 
 @pytest.mark.anyio
