@@ -318,6 +318,12 @@ def express(route: str, status: int) -> Held:
     return Held(REQUEST_SECONDS.labels(route, "POST", status))
 
 
+# A rate needs the 0 before the first time, of failures most of all.
+for _route in ("/v1/score", "/v1/events"):
+    for _status in (200, 429, 500, 503):
+        REQUEST_SECONDS.labels(_route, "POST", _status)
+
+
 @cache
 def scores(model: str, version: str, segment: str) -> Held:
     """For scores of one segment."""
