@@ -6,12 +6,14 @@ retries nothing: the ledger, the limits of its rate and the retries are the sync
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from service.core.errors import PropensityError
+
+KEY: Final = "key"  # the form of a person's key, for destinations of one's own that know people by it; everybody has it
 
 
 class Purpose(StrEnum):
@@ -52,22 +54,37 @@ class Destination(Protocol):
 
     `add` and `remove` are idempotent: the same member added twice is a member once. Their outcomes are in the order of
     the people. A batch whose answer never came may have been taken or not, and is sent again.
+
+    `batch` names a batch: it is the same when a batch is tried again within a synchronisation and never used for
+    another, so that it can be the key of idempotency where a platform knows one. After a kill, members of unknown
+    outcome come in a new batch, since meanwhile they may have changed, or withdrawn their consent.
     """
 
     name: str
     purpose: Purpose
     limits: Limits
-    forms: tuple[str, ...]  # identifiers that it understands; who has none of them cannot be sent
+    forms: tuple[str, ...]  # identifiers that it understands, or KEY; who has none of them cannot be sent
     fields: tuple[str, ...]  # of a person that it keeps; a change of one is sent, of others not
 
     def open(self, audience: str) -> str:
         """The platform's id of the list of an audience, which is made where it is missing."""
 
-    def add(self, list_id: str, people: Sequence[Person]) -> Sequence[Outcome]:
+    def add(self, list_id: str, people: Sequence[Person], batch: str) -> Sequence[Outcome]:
         """Make people members, and give them their fields."""
 
-    def remove(self, list_id: str, people: Sequence[Person]) -> Sequence[Outcome]:
-        """End memberships; of who is none is no error."""
+    def remove(self, list_id: str, people: Sequence[Person], batch: str) -> Sequence[Outcome]:
+        """End memberships; of who is none is no error.
+
+        People come with the identifiers that were sent, without their fields. Of who stays a member with other
+        identifiers than before, only those that are no more are removed, and the person is added right after.
+        """
+
+
+class Snapshots(Protocol):
+    """What a destination is as well that holds a whole list in one piece, as a file."""
+
+    def write(self, list_id: str, people: Iterable[Person]) -> None:
+        """Put the list in the place of the one before, all at once; called after batches that changed something."""
 
 
 class DestinationError(PropensityError):
