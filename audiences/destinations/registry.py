@@ -44,7 +44,6 @@ class Sending(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    audiences: tuple[str, ...] | None = Field(None, description="Audiences that it gets; all of them unless given.")
     patience_s: float = Field(300, gt=0, description="Seconds that a request is tried again before the run ends.")
     first_wait_s: float = Field(0.5, gt=0, description="Seconds before the second attempt; doubled for each further.")
     longest_wait_s: float = Field(60, gt=0, description="Seconds between two attempts at most.")

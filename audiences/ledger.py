@@ -1,0 +1,621 @@
+"""The ledger: what was sent to which destination, when, why, and what the platform answered, in SQLite or PostgreSQL.
+
+It is written ahead: the intent is there before the request and the outcome after it. So a batch that was intended and
+has no outcome may have been taken or not, and its members are `open` until somebody asks the platform again.
+`docs/sync.md` describes the tables.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+from audiences.destinations.protocol import Outcome
+from service.core.errors import PropensityError
+
+VERSION: Final = 1
+DAY_MS: Final = 86_400_000
+LONGEST_ANSWER: Final = 200
+
+ADD: Final = "add"
+REMOVE: Final = "remove"
+
+INTENDED: Final = "intended"
+SETTLED: Final = "settled"
+REJECTED: Final = "rejected"
+REPLACED: Final = "replaced"
+
+ERASED: Final = "erased"  # why a member left, of whom nothing is kept once the removal is confirmed
+
+Identifiers = Mapping[str, tuple[str, ...]]
+
+_Id = sa.BigInteger().with_variant(sa.Integer, "sqlite")
+_tables = sa.MetaData()
+
+_schema = sa.Table("propensity_schema", _tables, sa.Column("version", sa.Integer, primary_key=True))
+leases = sa.Table(
+    "leases",
+    _tables,
+    sa.Column("name", sa.String(200), primary_key=True),
+    sa.Column("holder", sa.String(200), nullable=False),
+    sa.Column("until_ms", sa.BigInteger, nullable=False),
+)
+lists = sa.Table(
+    "lists",
+    _tables,
+    sa.Column("id", _Id, primary_key=True, autoincrement=True),
+    sa.Column("destination", sa.String(200), nullable=False),
+    sa.Column("audience", sa.String(200), nullable=False),
+    sa.Column("list_id", sa.Text),  # the platform's; none until it was opened
+    sa.Column("stale", sa.Boolean, nullable=False),  # a snapshot of it has yet to be written
+    sa.Column("synced_ms", sa.BigInteger),  # when it was last in step
+    sa.UniqueConstraint("destination", "audience"),
+)
+members = sa.Table(
+    "members",
+    _tables,
+    sa.Column("list", _Id, primary_key=True),
+    sa.Column("key", sa.LargeBinary(32), primary_key=True),
+    sa.Column("has", sa.LargeBinary(24)),  # the mark of what the platform took last
+    sa.Column("refused", sa.LargeBinary(24)),  # the mark of what it refused last
+    sa.Column("open", _Id),  # the batch whose outcome is not known
+    sa.Column("identifiers", sa.Text),  # all that the platform may have
+    sa.Column("answer", sa.Text),  # why it refused
+    sa.Column("changed_ms", sa.BigInteger, nullable=False),
+    sqlite_with_rowid=False,
+)
+runs = sa.Table(
+    "runs",
+    _tables,
+    sa.Column("id", _Id, primary_key=True, autoincrement=True),
+    sa.Column("destination", sa.String(200), nullable=False),
+    sa.Column("audience", sa.String(200)),  # none: all of them
+    sa.Column("holder", sa.String(200), nullable=False),
+    sa.Column("started_ms", sa.BigInteger, nullable=False),
+    sa.Column("ended_ms", sa.BigInteger),  # none: it is under way, or was killed
+    sa.Column("result", sa.Text),  # counts as JSON, or what went wrong
+)
+batches = sa.Table(
+    "batches",
+    _tables,
+    sa.Column("id", _Id, primary_key=True, autoincrement=True),
+    sa.Column("name", sa.String(64), nullable=False, unique=True),
+    sa.Column("list", _Id, nullable=False),
+    sa.Column("run", _Id, nullable=False),
+    sa.Column("operation", sa.String(16), nullable=False),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("members", sa.Integer, nullable=False),
+    sa.Column("accepted", sa.Integer),
+    sa.Column("attempts", sa.Integer, nullable=False),
+    sa.Column("intended_ms", sa.BigInteger, nullable=False),
+    sa.Column("attempted_ms", sa.BigInteger),  # the last attempt
+    sa.Column("settled_ms", sa.BigInteger),
+    sa.Column("answer", sa.Text),
+    sa.Index("batches_of_list", "list", "state"),
+    sa.Index("batches_by_time", "intended_ms"),
+)
+entries = sa.Table(
+    "entries",
+    _tables,
+    sa.Column("batch", _Id, primary_key=True),
+    sa.Column("key", sa.LargeBinary(32), primary_key=True),
+    sa.Column("why", sa.String(16), nullable=False),
+    sa.Column("accepted", sa.Boolean),  # none: not known
+    sa.Column("answer", sa.Text),  # none: the batch's
+    sqlite_with_rowid=False,
+)
+history = sa.Table(
+    "history",
+    _tables,
+    sa.Column("list", _Id, primary_key=True),
+    sa.Column("day_ms", sa.BigInteger, primary_key=True),
+    sa.Column("operation", sa.String(16), primary_key=True),
+    sa.Column("why", sa.String(16), primary_key=True),
+    sa.Column("sent", sa.BigInteger, nullable=False),
+    sa.Column("accepted", sa.BigInteger, nullable=False),
+)
+cursors = sa.Table(
+    "cursors",
+    _tables,
+    sa.Column("name", sa.String(400), primary_key=True),
+    sa.Column("cursor", sa.Text),
+)
+deliveries = sa.Table(
+    "deliveries",
+    _tables,
+    sa.Column("id", _Id, primary_key=True, autoincrement=True),  # the order within a visitor
+    sa.Column("trigger", sa.String(200), nullable=False),
+    sa.Column("event", sa.String(64), nullable=False),  # the id that the receiver gets
+    sa.Column("visitor", sa.LargeBinary(32), nullable=False),
+    sa.Column("body", sa.Text, nullable=False),
+    sa.Column("attempts", sa.Integer, nullable=False),
+    sa.Column("first_ms", sa.BigInteger, nullable=False),
+    sa.Column("due_ms", sa.BigInteger, nullable=False),
+    sa.Column("dead", sa.Boolean, nullable=False),
+    sa.Column("answer", sa.Text),
+    sa.UniqueConstraint("trigger", "event"),
+    sa.Index("deliveries_of_visitor", "trigger", "dead", "visitor", "id"),
+)
+
+
+class Known(NamedTuple):
+    """A member as the ledger knows it."""
+
+    key: bytes
+    has: bytes | None
+    refused: bytes | None
+    open: int | None
+    identifiers: Identifiers
+
+
+class Lease(NamedTuple):
+    """The right to write to a destination, which ends unless it is held for longer in time."""
+
+    name: str
+    holder: str
+    lease_ms: int
+
+
+class List(NamedTuple):
+    """One audience's list at one destination."""
+
+    id: int
+    audience: str
+    list_id: str | None
+    stale: bool
+
+
+@dataclass(frozen=True)
+class Intent:
+    """What is about to be done with one member, and what the ledger is to know in either case."""
+
+    known: Known  # as it was before
+    why: str
+    mark: bytes  # of what is sent
+    sent: Identifiers
+    after: Identifiers | None  # that the platform may have once it is taken; none: it is no member any more
+
+
+@dataclass
+class Batch:
+    """A batch under way."""
+
+    id: int
+    name: str
+    list: int
+    operation: str
+    intents: Sequence[Intent] = field(repr=False)
+
+
+class LeaseLost(PropensityError):
+    """Somebody else took the destination over, since this run was silent for longer than its lease."""
+
+
+class Held(PropensityError):
+    """Another run is at it."""
+
+
+def holder() -> str:
+    """Who this process is: host, namespace of processes, process, and when it started; told apart from all others."""
+    return "/".join((*_place(), str(os.getpid()), _started(os.getpid()) or uuid.uuid4().hex))
+
+
+def _place() -> tuple[str, str]:
+    try:
+        namespace = str(Path("/proc/self/ns/pid").stat().st_ino)
+    except OSError:
+        namespace = "-"
+    return socket.gethostname().replace("/", "_"), namespace
+
+
+def _started(process: int) -> str | None:
+    """The moment a process started, by the kernel's count; None where it is gone or there is no such count."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text("ascii", "replace").rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+def is_gone(text: str) -> bool:
+    """Whether the holder was a process of this machine that is no more. False where that cannot be known."""
+    host, namespace, process, started = ([*text.split("/"), "", "", "", ""])[:4]
+    if (host, namespace) != _place() or namespace == "-" or not process.isdigit():
+        return False
+    return _started(int(process)) != started
+
+
+def packed(identifiers: Identifiers) -> str:
+    """Identifiers as text."""
+    return json.dumps({form: list(values) for form, values in sorted(identifiers.items())}, separators=(",", ":"))
+
+
+def _unpacked(text: str | None) -> Identifiers:
+    return {form: tuple(values) for form, values in json.loads(text).items()} if text else {}
+
+
+def _engine(url: str) -> sa.Engine:
+    try:
+        parsed = sa.make_url(url)
+        if parsed.get_backend_name() == "sqlite":
+            if parsed.database not in (None, "", ":memory:"):
+                Path(str(parsed.database)).parent.mkdir(parents=True, exist_ok=True)
+            return _with_immediate_transactions(sa.create_engine(parsed, connect_args={"timeout": 30}))
+        if parsed.get_backend_name() == "postgresql":
+            return sa.create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True)
+    except ModuleNotFoundError as error:
+        raise PropensityError(
+            f"a ledger in PostgreSQL needs {error.name}; install it with pip install 'propensity[postgres]'"
+        ) from None
+    except sa.exc.ArgumentError:
+        pass
+    raise PropensityError(
+        "the ledger's address is neither SQLite nor PostgreSQL; write sqlite:///ledger.db or "
+        "postgresql://user:password@host/database"
+    )
+
+
+def _with_immediate_transactions(engine: sa.Engine) -> sa.Engine:
+    """SQLite's driver begins transactions late, and a reader that becomes a writer fails; ours begin as writers."""
+
+    @sa.event.listens_for(engine, "connect")
+    def prepare(connection: Any, _: object) -> None:
+        connection.isolation_level = None
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")  # an intent must outlive the power, or it is none
+        connection.execute("PRAGMA cache_size=-65536")
+
+    @sa.event.listens_for(engine, "begin")
+    def begin(connection: sa.Connection) -> None:
+        reads = connection.get_execution_options().get("reads", False)
+        connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
+
+    return engine
+
+
+class Ledger:
+    """The tables above, and each change of them that must happen at once or not at all. Not for several threads."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self._engine = engine
+        self._reading = engine.execution_options(reads=True)
+        self._insert: Any = (postgresql if engine.dialect.name == "postgresql" else sqlite).insert
+
+    # --- who may write ---
+
+    def _clock(self, connection: sa.Connection, now_ms: int) -> int:
+        """The time that leases are judged by: the server's, since hosts may disagree; a file has one host."""
+        if self._engine.dialect.name != "postgresql":
+            return now_ms
+        moment = sa.func.extract("epoch", sa.func.clock_timestamp())
+        return int(float(connection.execute(sa.select(moment)).scalar_one()) * 1000)
+
+    def take(self, name: str, holder: str, now_ms: int, lease_ms: int) -> str | None:
+        """Take the lease of this name. Who holds it instead, or None; a holder that is dead holds nothing."""
+        with self._engine.begin() as connection:
+            now_ms = self._clock(connection, now_ms)
+            free = {"name": name, "holder": "", "until_ms": 0}
+            connection.execute(self._insert(leases).values(free).on_conflict_do_nothing())
+            row = connection.execute(sa.select(leases).where(leases.c.name == name).with_for_update()).one()
+            if row.holder not in ("", holder) and row.until_ms > now_ms and not is_gone(row.holder):
+                return str(row.holder)
+            change = leases.update().where(leases.c.name == name)
+            connection.execute(change.values(holder=holder, until_ms=now_ms + lease_ms))
+            return None
+
+    def _keep(self, connection: sa.Connection, name: str, holder: str, lease_ms: int, now_ms: int) -> None:
+        own = (leases.c.name == name) & (leases.c.holder == holder)
+        until_ms = self._clock(connection, now_ms) + lease_ms
+        if connection.execute(leases.update().where(own).values(until_ms=until_ms)).rowcount != 1:
+            raise LeaseLost(f"another run took {name} over, since this one was silent for too long; run it again")
+
+    def keep(self, lease: Lease, now_ms: int) -> None:
+        """Hold the lease for longer. Raises LeaseLost where it is another's."""
+        with self._engine.begin() as connection:
+            self._keep(connection, *lease, now_ms)
+
+    def give_back(self, name: str, holder: str) -> None:
+        """End a lease, if it is held."""
+        with self._engine.begin() as connection:
+            own = (leases.c.name == name) & (leases.c.holder == holder)
+            connection.execute(leases.update().where(own).values(holder="", until_ms=0))
+
+    # --- runs and lists ---
+
+    def begin(self, destination: str, audience: str | None, holder: str, now_ms: int) -> int:
+        """A new run's number."""
+        with self._engine.begin() as connection:
+            row = {"destination": destination, "audience": audience, "holder": holder, "started_ms": now_ms}
+            return _number(connection, runs.insert().values(row))
+
+    def end(self, run: int, result: str, now_ms: int) -> None:
+        """Write how a run ended."""
+        with self._engine.begin() as connection:
+            connection.execute(runs.update().where(runs.c.id == run).values(ended_ms=now_ms, result=result))
+
+    def lists(self, destination: str) -> list[List]:
+        """The lists of a destination, by audience."""
+        wanted = sa.select(lists.c.id, lists.c.audience, lists.c.list_id, lists.c.stale)
+        with self._reading.connect() as connection:
+            found = connection.execute(wanted.where(lists.c.destination == destination).order_by(lists.c.audience))
+            return [List(*row) for row in found]
+
+    def list_of(self, destination: str, audience: str) -> List:
+        """The list of an audience; a new one has no members and is not opened."""
+        row = {"destination": destination, "audience": audience, "stale": True}
+        with self._engine.begin() as connection:
+            connection.execute(self._insert(lists).values(row).on_conflict_do_nothing())
+        return next(one for one in self.lists(destination) if one.audience == audience)
+
+    def opened(self, own: List, list_id: str) -> List:
+        """Note the platform's id of a list."""
+        with self._engine.begin() as connection:
+            connection.execute(lists.update().where(lists.c.id == own.id).values(list_id=list_id))
+        return own._replace(list_id=list_id)
+
+    def in_step(self, own: List, now_ms: int, snapshot: bool) -> None:
+        """Note that a list is what it should be; batches of runs before whose outcome never came are settled by now."""
+        with self._engine.begin() as connection:
+            change = {"synced_ms": now_ms, **({"stale": False} if snapshot else {})}
+            connection.execute(lists.update().where(lists.c.id == own.id).values(change))
+            left = (batches.c.list == own.id) & (batches.c.state == INTENDED)
+            connection.execute(batches.update().where(left).values(state=REPLACED, settled_ms=now_ms))
+
+    def is_stale(self, own: List) -> bool:
+        """Whether the list changed since a snapshot was last written."""
+        with self._reading.connect() as connection:
+            return bool(connection.execute(sa.select(lists.c.stale).where(lists.c.id == own.id)).scalar_one())
+
+    # --- members ---
+
+    def known(self, own: List, page: int = 10_000) -> Iterator[Known]:
+        """All members in the order of their keys, some at a time; what changes behind the reader does not matter."""
+        columns = (members.c.key, members.c.has, members.c.refused, members.c.open, members.c.identifiers)
+        after = b""
+        while True:
+            wanted = sa.select(*columns).where((members.c.list == own.id) & (members.c.key > after))
+            with self._reading.connect() as connection:
+                rows = connection.execute(wanted.order_by(members.c.key).limit(page)).all()
+            for key, has, refused, open_, identifiers in rows:
+                yield Known(bytes(key), has, refused, open_, _unpacked(identifiers))
+            if len(rows) < page:
+                return
+            after = bytes(rows[-1][0])
+
+    def size(self, own: List) -> int:
+        """How many members the platform may have."""
+        maybe = (members.c.list == own.id) & (members.c.identifiers != packed({}))
+        with self._reading.connect() as connection:
+            return int(connection.execute(sa.select(sa.func.count()).where(maybe)).scalar_one())
+
+    def forget(self, own: List, keys: Sequence[bytes], erased: Sequence[bytes] = ()) -> None:
+        """Drop members of whom the platform has nothing, and of those who were erased what was sent before."""
+        with self._engine.begin() as connection:
+            self._drop(connection, own.id, keys)
+            self._purge(connection, erased)
+
+    def _purge(self, connection: sa.Connection, keys: Sequence[bytes]) -> None:
+        """Drop the keys of people from what was sent; how many they were stays with the batches."""
+        for first in range(0, len(keys), 500):
+            some = entries.c.key.in_(keys[first : first + 500])
+            connection.execute(entries.delete().where(some))
+
+    def _drop(self, connection: sa.Connection, list_: int, keys: Iterable[bytes]) -> None:
+        gone = (members.c.list == list_) & (members.c.key == sa.bindparam("k"))
+        if rows := [{"k": key} for key in keys]:
+            connection.execute(members.delete().where(gone), rows)
+
+    # --- batches ---
+
+    def intend(
+        self, own: List, run: int, operation: str, intents: Sequence[Intent], lease: Lease, now_ms: int
+    ) -> Batch:
+        """Write down what is about to be sent. Raises LeaseLost."""
+        name = uuid.uuid4().hex
+        with self._engine.begin() as connection:
+            self._keep(connection, *lease, now_ms)
+            row = {"name": name, "list": own.id, "run": run, "operation": operation, "state": INTENDED}
+            counts = {"members": len(intents), "attempts": 0, "intended_ms": now_ms}
+            batch = _number(connection, batches.insert().values(row | counts))
+            connection.execute(
+                entries.insert(), [{"batch": batch, "key": one.known.key, "why": one.why} for one in intents]
+            )
+            self._put(connection, own.id, [self._open(one, operation, batch) for one in intents], now_ms)
+            connection.execute(lists.update().where(lists.c.id == own.id).values(stale=True))
+        return Batch(batch, name, own.id, operation, intents)
+
+    def _open(self, one: Intent, operation: str, batch: int) -> dict[str, Any]:
+        maybe = joined(one.known.identifiers, one.sent) if operation == ADD else one.known.identifiers
+        has = None if one.known.open else one.known.has
+        return {"key": one.known.key, "has": has, "refused": None, "open": batch, "identifiers": packed(maybe)}
+
+    def _put(self, connection: sa.Connection, list_: int, rows: Iterable[dict[str, Any]], now_ms: int) -> None:
+        whole = [{"answer": None, **row, "list": list_, "changed_ms": now_ms} for row in rows]
+        if not whole:
+            return
+        put = self._insert(members)
+        changed = {name: put.excluded[name] for name in whole[0] if name not in ("list", "key")}
+        put = put.on_conflict_do_update(index_elements=["list", "key"], set_=changed)
+        connection.execute(put, whole)
+
+    def attempt(self, batch: Batch, lease: Lease, now_ms: int) -> None:
+        """Note an attempt that is about to be made. Raises LeaseLost."""
+        with self._engine.begin() as connection:
+            self._keep(connection, *lease, now_ms)
+            change = batches.update().where(batches.c.id == batch.id)
+            connection.execute(change.values(attempts=batches.c.attempts + 1, attempted_ms=now_ms))
+
+    def settle(self, batch: Batch, outcomes: Sequence[Outcome], lease: Lease, now_ms: int) -> None:
+        """Write down what the platform said, member by member. Raises LeaseLost: then another run has asked again."""
+        usual = _usual(outcomes)
+        pairs = list(zip(batch.intents, outcomes, strict=True))
+        with self._engine.begin() as connection:
+            self._keep(connection, *lease, now_ms)
+            change = {"state": SETTLED, "accepted": sum(one.accepted for one in outcomes)}
+            change |= {"settled_ms": now_ms, "answer": usual}
+            connection.execute(batches.update().where(batches.c.id == batch.id).values(change))
+            self._settle_entries(connection, batch, pairs, usual)
+            rows = (_settled(one, outcome, batch.operation) for one, outcome in pairs)
+            self._put(connection, batch.list, [row for row in rows if row is not None], now_ms)
+            gone = [one for one, outcome in pairs if _settled(one, outcome, batch.operation) is None]
+            self._drop(connection, batch.list, [one.known.key for one in gone])
+            self._purge(connection, [one.known.key for one in gone if one.why == ERASED])
+
+    def _settle_entries(
+        self, connection: sa.Connection, batch: Batch, pairs: Sequence[tuple[Intent, Outcome]], usual: str
+    ) -> None:
+        connection.execute(entries.update().where(entries.c.batch == batch.id).values(accepted=True))
+        own = (entries.c.batch == batch.id) & (entries.c.key == sa.bindparam("k"))
+        odd = [
+            {"k": one.known.key, "said": outcome.accepted, "words": _short(outcome.answer)}
+            for one, outcome in pairs
+            if not outcome.accepted or _short(outcome.answer) != usual
+        ]
+        if odd:
+            values: dict[str, Any] = {"accepted": sa.bindparam("said"), "answer": sa.bindparam("words")}
+            connection.execute(entries.update().where(own).values(values), odd)
+
+    def reject(self, batch: Batch, answer: str, lease: Lease, now_ms: int) -> None:
+        """Write down that a batch was refused as a whole: everybody is what they were before."""
+        with self._engine.begin() as connection:
+            self._keep(connection, *lease, now_ms)
+            change = {"state": REJECTED, "accepted": 0, "settled_ms": now_ms, "answer": _short(answer)}
+            connection.execute(batches.update().where(batches.c.id == batch.id).values(change))
+            connection.execute(entries.update().where(entries.c.batch == batch.id).values(accepted=False))
+            before = [one.known for one in batch.intents]
+            self._drop(connection, batch.list, [one.key for one in before if not _matters(one)])
+            rows = [
+                {**one._asdict(), "identifiers": packed(one.identifiers) if one.identifiers else None}
+                for one in before
+                if _matters(one)
+            ]
+            self._put(connection, batch.list, rows, now_ms)
+
+    def attempts_since(self, destination: str, since_ms: int) -> list[int]:
+        """Moments of the requests since then, as far as the ledger knows: what a limit of rate has been used up by."""
+        own = sa.select(lists.c.id).where(lists.c.destination == destination)
+        wanted = sa.select(batches.c.attempted_ms, batches.c.attempts)
+        late = (batches.c.intended_ms > since_ms - DAY_MS) & (batches.c.attempted_ms > since_ms)
+        with self._reading.connect() as connection:
+            found = connection.execute(wanted.where(late & batches.c.list.in_(own))).all()
+        return sorted(moment for moment, count in found for _ in range(count))
+
+    # --- what is kept ---
+
+    def compact(self, before_ms: int) -> int:
+        """Turn batches before a moment into counts a day, and drop runs; how many batches that were."""
+        old = sa.select(batches.c.id, batches.c.list, batches.c.operation, batches.c.intended_ms).where(
+            (batches.c.intended_ms < before_ms) & (batches.c.state != INTENDED)
+        )
+        with self._reading.connect() as connection:
+            found = connection.execute(old.order_by(batches.c.id)).all()
+        for batch, list_, operation, intended_ms in found:
+            with self._engine.begin() as connection:
+                self._count(connection, batch, list_, operation, intended_ms // DAY_MS * DAY_MS)
+                connection.execute(entries.delete().where(entries.c.batch == batch))
+                connection.execute(batches.delete().where(batches.c.id == batch))
+        with self._engine.begin() as connection:
+            connection.execute(runs.delete().where(runs.c.started_ms < before_ms))
+            late = deliveries.c.dead & (deliveries.c.first_ms < before_ms)
+            connection.execute(deliveries.delete().where(late))
+        return len(found)
+
+    def _count(self, connection: sa.Connection, batch: int, list_: int, operation: str, day_ms: int) -> None:
+        taken = sa.func.sum(sa.case((entries.c.accepted.is_(True), 1), else_=0))
+        counted = sa.select(entries.c.why, sa.func.count(), taken).where(entries.c.batch == batch)
+        for why, sent, accepted in connection.execute(counted.group_by(entries.c.why)).all():
+            row = {"list": list_, "day_ms": day_ms, "operation": operation, "why": why}
+            put = self._insert(history).values(row | {"sent": sent, "accepted": accepted})
+            more = {"sent": history.c.sent + put.excluded.sent, "accepted": history.c.accepted + put.excluded.accepted}
+            put = put.on_conflict_do_update(index_elements=["list", "day_ms", "operation", "why"], set_=more)
+            connection.execute(put)
+
+    @property
+    def engine(self) -> sa.Engine:
+        """The database, for `triggers`, which keeps its own tables there."""
+        return self._engine
+
+
+def joined(one: Identifiers, other: Identifiers) -> Identifiers:
+    """All identifiers of both."""
+    return {
+        form: tuple(sorted({*one.get(form, ()), *other.get(form, ())})) for form in sorted({*one.keys(), *other.keys()})
+    }
+
+
+def without(one: Identifiers, other: Identifiers) -> Identifiers:
+    """The identifiers of the one that the other has not."""
+    left = {form: tuple(value for value in values if value not in other.get(form, ())) for form, values in one.items()}
+    return {form: values for form, values in left.items() if values}
+
+
+def _settled(one: Intent, outcome: Outcome, operation: str) -> dict[str, Any] | None:
+    """A member's row once the answer is there; None: there is nothing left to know."""
+    known = one.known
+    row: dict[str, Any] = {"key": known.key, "has": known.has, "refused": None, "open": None, "answer": None}
+    if outcome.accepted:
+        if one.after is None:
+            return None
+        return row | {"has": one.mark if operation == ADD else None, "identifiers": packed(one.after)}
+    if known.open:
+        row["has"] = None
+    before = packed(known.identifiers) if known.identifiers else None
+    refused = one.mark if operation == ADD else None  # a removal is tried again at every run: it may be a withdrawal
+    return row | {"refused": refused, "identifiers": before, "answer": _short(outcome.answer)}
+
+
+def _matters(known: Known) -> bool:
+    return bool(known.has or known.refused or known.open or known.identifiers)
+
+
+def _usual(outcomes: Sequence[Outcome]) -> str:
+    """The answer of the first that was accepted, which is most often that of all."""
+    return next((_short(one.answer) for one in outcomes if one.accepted), "")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST_ANSWER else text[: LONGEST_ANSWER - 1] + "…"
+
+
+def _number(connection: sa.Connection, insert: sa.Insert) -> int:
+    key = connection.execute(insert).inserted_primary_key
+    assert key is not None
+    return int(key[0])
+
+
+@contextmanager
+def opened(url: str) -> Iterator[Ledger]:
+    """The ledger at an address, its tables made where they are missing. Raises PropensityError."""
+    engine = _engine(url)
+    try:
+        _prepare(engine)
+        yield Ledger(engine)
+    except sa.exc.DBAPIError as error:
+        where = sa.make_url(url).render_as_string(hide_password=True)
+        raise PropensityError(f"the ledger {where} failed: {str(error.orig).strip().splitlines()[0]}") from error
+    finally:
+        engine.dispose()
+
+
+def _prepare(engine: sa.Engine) -> None:
+    with engine.begin() as connection:
+        if engine.dialect.name == "postgresql":  # two that create the same tables at once would fail
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(0x70726F70)))
+        _tables.create_all(connection)
+        found = connection.execute(sa.select(_schema.c.version)).scalar_one_or_none()
+        if found is None:
+            connection.execute(_schema.insert().values(version=VERSION))
+        elif found != VERSION:
+            raise PropensityError(
+                f"the ledger was written by another version of Propensity (its tables are {found}, not {VERSION}); "
+                "use that version, or give another ledger"
+            )
