@@ -403,7 +403,7 @@ class _Sender:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.limiter.close()
+        self.limiter.close()  # type: ignore[no-untyped-call]
 
     def _limiter(self) -> Limiter:
         """A limiter that knows of the requests of a run before this one, which may have been killed a second ago."""

@@ -1,6 +1,6 @@
 """The destination `webhook`: additions and removals posted to an address of one's own, signed by Standard Webhooks.
 
-A receiver knows people by `key` and answers 2xx. Of members that it does not take it may say `{"rejected": {KEY: WHY}}`.
+A receiver knows people by `key` and answers 2xx; `{"rejected": {KEY: WHY}}` names the members that it does not take.
 """
 
 from __future__ import annotations
