@@ -60,9 +60,24 @@ class Counts:
         """Whether the destination has what it should."""
         return not (self.refused or self.refused_before or self.not_removed)
 
+    @property
+    def added(self) -> int:
+        """Members that were sent, for the first time or since something changed."""
+        return sum(number for cause, number in self.why.items() if cause.startswith(ADD))
+
+    @property
+    def removed(self) -> int:
+        """Members whose removal was sent."""
+        return sum(number for cause, number in self.why.items() if cause.startswith(REMOVE))
+
+    @property
+    def all_refused(self) -> int:
+        """Members whom the destination does not take, or does not remove."""
+        return self.refused + self.refused_before + self.not_removed
+
     def plain(self) -> dict[str, Any]:
         """As JSON has it."""
-        return {**vars(self), "why": dict(sorted(self.why.items()))}
+        return {**vars(self), "added": self.added, "removed": self.removed, "why": dict(sorted(self.why.items()))}
 
 
 class Clock(NamedTuple):

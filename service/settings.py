@@ -38,6 +38,11 @@ class Settings(BaseSettings):
         Path(".propensity"),
         description="Directory of the embedded server's data; a disk that is backed up, one directory a service.",
     )
+    ledger_url: str | None = Field(
+        None,
+        description="SQLite or PostgreSQL with what was sent to which destination: sqlite:////var/lib/ledger.db, "
+        "postgresql://user:password@host/database. ledger.db in data_dir without it; set it where syncs run on two hosts.",
+    )
     artifacts: Path = Field(
         Path("artifacts"), description="Directory of trained models: MODEL/VERSION/ and MODEL/aliases.json."
     )

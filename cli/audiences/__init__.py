@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import typer
 
-from cli.audiences import definitions
+from cli.audiences import definitions, exports, sync, triggers
 
 group = typer.Typer(
     name="audiences",
     help="Audiences: who belongs to them, what they look like, and where they are sent.",
-    epilog="Begin with: propensity audiences list, preview, refresh - in this order. See docs/audiences.md.",
+    epilog="Begin with: propensity audiences list, preview, refresh, sync - in this order. See docs/audiences.md.",
     invoke_without_command=True,
 )
 
@@ -26,5 +26,6 @@ def alone(context: typer.Context) -> None:
 
 def register(app: typer.Typer) -> None:
     """Add the group with all of its commands."""
-    definitions.register(group)
+    for module in (definitions, sync, triggers, exports):
+        module.register(group)
     app.add_typer(group)

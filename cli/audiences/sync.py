@@ -1,0 +1,117 @@
+"""The command `audiences sync`: brings the lists at a destination in step with who should be on them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cli.offline import need
+from cli.progress import console, stages
+from service import settings as service_settings
+
+if TYPE_CHECKING:
+    from audiences.sync import Counts
+    from service.settings import Settings
+
+INCOMPLETE: Final = 1
+ANOTHER_RUNS: Final = 3
+
+Destinations = Annotated[Path, typer.Option(help="File of destinations and triggers; see docs/sync.md.")]
+LedgerUrl = Annotated[
+    str | None, typer.Option("--ledger", help="Ledger's address, instead of PROPENSITY_LEDGER_URL.", show_default=False)
+]
+
+
+def register(group: typer.Typer) -> None:
+    """Add the command."""
+    group.command()(sync)
+
+
+def sync(
+    to: Annotated[str, typer.Option(help="Destination, by its name in the file of destinations.")],
+    name: Annotated[
+        str | None, typer.Argument(help="Audience; all that go there unless given.", show_default=False)
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent, and send nothing.")] = False,
+    destinations: Destinations = Path("destinations.yaml"),
+    ledger: LedgerUrl = None,
+    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for another run to end.")] = 0,
+    keep_days: Annotated[int, typer.Option(min=1, help="Days until what was sent becomes counts a day.")] = 90,
+    remove_all: Annotated[
+        bool, typer.Option("--remove-all", help="Empty all lists although no audience is defined.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Send a destination the difference between what it has and what it should have. Resumes after any end.
+
+    Exits with 0 if the destination has what it should, 1 if it refused members, 2 if the run was not carried out or not
+    to its end, and 3 if another run is at the same destination.
+    """
+    need("audiences.sync")
+    import stamina.instrumentation
+
+    from audiences import ledger as ledgers
+    from audiences import sync as syncing
+    from audiences.destinations import registry
+    from audiences.live import Live
+
+    settings = service_settings.load()
+    entry = registry.load(destinations).destination(to)
+    built = entry.build()
+    options = syncing.Options(
+        dry_run=dry_run, wait_s=wait, retention_ms=keep_days * ledgers.DAY_MS, remove_all=remove_all
+    )
+    stamina.instrumentation.set_on_retry_hooks([lambda retry: told(retry.caused_by, retry.wait_for)])
+    try:
+        with stages() as report, Live(settings) as wanted, ledgers.opened(address(ledger, settings)) as opened:
+            counts = syncing.run(opened, built, wanted, entry.sending, name, options, report)
+    except ledgers.Held as error:
+        print(f"propensity: {error}", file=sys.stderr)
+        raise typer.Exit(ANOTHER_RUNS) from None
+    if as_json:
+        print(json.dumps([one.plain() for one in counts], indent=2))
+    else:
+        _print(counts, to, dry_run)
+    if not dry_run and not all(one.complete for one in counts):
+        raise typer.Exit(INCOMPLETE)
+
+
+def address(given: str | None, settings: Settings) -> str:
+    """Where the ledger is: as the option says, or the setting, else beside the embedded server's data."""
+    return given or settings.ledger_url or f"sqlite:///{settings.data_dir / 'ledger.db'}"
+
+
+def told(error: BaseException, wait_s: float) -> None:
+    """Say on stderr that something is tried again."""
+    console.print(f"{error}; again in {wait_s:.1f} s", markup=False, soft_wrap=True)
+
+
+def _print(counts: Sequence[Counts], destination: str, dry_run: bool) -> None:
+    verb = "would be sent" if dry_run else "sent"
+    table = Table(title=f"{escape(destination)}: what {verb}")
+    table.add_column("audience")
+    for heading in ("wanted", "without consent", "unchanged", "added", "removed", "refused"):
+        table.add_column(heading, justify="right")
+    table.add_column("why")
+    for one in counts:
+        numbers = (one.wanted, one.without_consent, one.unchanged, one.added, one.removed, one.all_refused)
+        table.add_row(escape(one.audience), *(f"{number:,}" for number in numbers), _why(one.why))
+    console_of_results().print(table)
+
+
+def _why(why: Counter[str]) -> str:
+    return ", ".join(f"{number:,} {cause.partition(': ')[2]}" for cause, number in sorted(why.items()))
+
+
+def console_of_results() -> Console:
+    """Results go to stdout, as wide as a table needs where that is no terminal."""
+    return Console(width=None if sys.stdout.isatty() else 160)
