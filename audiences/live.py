@@ -10,13 +10,13 @@ from functools import cached_property
 from types import TracebackType
 from typing import Any, Final
 
-from service.consent import Identities, Known
-from service.members import ERASED, Audience, Members, key_of
-from service.propensities import Propensities
-
 from audiences.destinations.protocol import Person, Purpose
 from audiences.wanted import Candidate
 from service.app import open_store
+from service.consent import Identities, Known
+from service.erasures import key_of
+from service.members import ERASED, Audience, Members
+from service.propensities import Propensities
 from service.settings import Settings
 from service.store import Store
 

@@ -350,11 +350,11 @@ class _Erased:
     """Who left an audience by being erased; read when somebody has left at all."""
 
     def __init__(self, wanted: Wanted, audience: str) -> None:
-        self._read = lambda: {bytes.fromhex(key) for key in wanted.erased(audience)}
+        self._wanted, self._audience = wanted, audience
 
     @cached_property
     def _keys(self) -> set[bytes]:
-        return self._read()
+        return {bytes.fromhex(key) for key in self._wanted.erased(self._audience)}
 
     def of(self, keys: Sequence[bytes]) -> list[bytes]:
         """Those of the keys."""
@@ -418,7 +418,7 @@ class _Sender:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.limiter.close()  # type: ignore[no-untyped-call]
+        self.limiter.close()
 
     def _limiter(self) -> Limiter:
         """A limiter that knows of the requests of a run before this one, which may have been killed a second ago."""
