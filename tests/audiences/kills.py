@@ -16,8 +16,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -33,10 +31,10 @@ from service import consent, embedded, identity
 from service.members import Members
 from service.propensities import Propensities
 from service.store import Store
+from tests.audiences.forks import Forked, Forks
 from tests.audiences.postgres import postgres
-from tests.audiences.receiving import ROOT, SECRET, Receiving
+from tests.audiences.receiving import SECRET, Receiving
 
-PROPENSITY: Final = Path(sys.executable).with_name("propensity")
 SEGMENTS: Final = ("champions", "nurture", "low_priority")
 AUDIENCES: Final = ("first", "second")
 MODEL: Final = "shop"
@@ -177,7 +175,7 @@ class Watch:
         except ValueError:  # the pipe was closed
             return
 
-    def wait(self, count: int, process: subprocess.Popen[str]) -> bool:
+    def wait(self, count: int, process: Forked) -> bool:
         """Until so many requests came; False where the process ended before."""
         with self.changed:
             while self.count < count:
@@ -193,8 +191,8 @@ class Proof:
 
     world: World
     watch: Watch
-    command: list[str]
-    environment: dict[str, str]
+    forks: Forks
+    arguments: list[str]
     dice: random.Random
     kills: int = 0
     completed: int = 0
@@ -222,23 +220,22 @@ class Proof:
     def run(self, kill_after: int | None = None) -> bool:
         """Run the command, to its end or until so many requests and some milliseconds. Whether it was killed."""
         first = self.watch.count
-        process = subprocess.Popen(
-            self.command, env=self.environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        process = self.forks.start(self.arguments)
         killed = False
         if kill_after is not None:
             reached = self.watch.wait(first + kill_after, process)
             # Without a request the moment is anywhere between starting up and the first of them.
-            time.sleep(self.dice.uniform(0, 0.05) if kill_after else self.dice.uniform(0, 2))
+            time.sleep(self.dice.uniform(0, 0.04 if kill_after else 0.3))
             killed = reached and process.poll() is None
             if killed:
-                process.send_signal(signal.SIGKILL)
-                self.killed_at[f"after {kill_after} requests"] += 1
-        said, _ = process.communicate(timeout=120)
-        if not killed:
-            assert process.returncode in (0, 1), said
-            self.completed += 1
-        return killed
+                process.kill()
+        said = process.wait(timeout=120)
+        if killed and process.returncode == -signal.SIGKILL:
+            self.killed_at[f"after {kill_after} requests"] += 1
+            return True
+        assert process.returncode in (0, 1), said
+        self.completed += 1
+        return False
 
     def look(self, killed: bool) -> None:
         """Check what the last run sent."""
@@ -287,10 +284,11 @@ def prove(ledger: str | None, points: int, seed: int, visitors: int = 120) -> Pr
         (directory / "destinations.yaml").write_text(yaml.safe_dump({"destinations": {"ours": ours}}))
         command = ["audiences", "sync", "--to", "ours", "--destinations", str(directory / "destinations.yaml")]
         address = ledger or f"sqlite:///{directory / 'ledger.db'}"
-        environment = {**os.environ, "HOOK": SECRET, "PROPENSITY_REDIS_URL": server.url, "PYTHONUNBUFFERED": "1"}
+        environment = {**os.environ, "HOOK": SECRET, "PROPENSITY_REDIS_URL": server.url}
+        forks = stack.enter_context(Forks(environment, directory / "out"))
         watch = Watch(receiving)
         watch.start()
-        proof = Proof(world, watch, [str(PROPENSITY), *command, "--ledger", address], environment, dice)
+        proof = Proof(world, watch, forks, [*command, "--ledger", address], dice)
         while proof.kills < points:
             proof.point()
         return proof
