@@ -287,8 +287,10 @@ class Ledger:
 
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
-        self._reading = engine.execution_options(reads=True)
-        self._insert: Any = (postgresql if engine.dialect.name == "postgresql" else sqlite).insert
+        # Connections of it wait for no writer, and are none.
+        self.reading = engine.execution_options(reads=True)
+        # INSERT with ON CONFLICT, which each of the two databases has words of its own for.
+        self.insert: Any = (postgresql if engine.dialect.name == "postgresql" else sqlite).insert
 
     # --- who may write ---
 
@@ -304,7 +306,7 @@ class Ledger:
         with self._engine.begin() as connection:
             now_ms = self._clock(connection, now_ms)
             free = {"name": name, "holder": "", "until_ms": 0}
-            connection.execute(self._insert(leases).values(free).on_conflict_do_nothing())
+            connection.execute(self.insert(leases).values(free).on_conflict_do_nothing())
             row = connection.execute(sa.select(leases).where(leases.c.name == name).with_for_update()).one()
             if row.holder not in ("", holder) and row.until_ms > now_ms and not is_gone(row.holder):
                 return str(row.holder)
@@ -312,7 +314,9 @@ class Ledger:
             connection.execute(change.values(holder=holder, until_ms=now_ms + lease_ms))
             return None
 
-    def _keep(self, connection: sa.Connection, name: str, holder: str, lease_ms: int, now_ms: int) -> None:
+    def hold(self, connection: sa.Connection, lease: Lease, now_ms: int) -> None:
+        """Hold the lease for longer, in the transaction that depends on it. Raises LeaseLost where it is another's."""
+        name, holder, lease_ms = lease
         own = (leases.c.name == name) & (leases.c.holder == holder)
         until_ms = self._clock(connection, now_ms) + lease_ms
         if connection.execute(leases.update().where(own).values(until_ms=until_ms)).rowcount != 1:
@@ -321,7 +325,7 @@ class Ledger:
     def keep(self, lease: Lease, now_ms: int) -> None:
         """Hold the lease for longer. Raises LeaseLost where it is another's."""
         with self._engine.begin() as connection:
-            self._keep(connection, *lease, now_ms)
+            self.hold(connection, lease, now_ms)
 
     def give_back(self, name: str, holder: str) -> None:
         """End a lease, if it is held."""
@@ -345,7 +349,7 @@ class Ledger:
     def lists(self, destination: str) -> list[List]:
         """The lists of a destination, by audience."""
         wanted = sa.select(lists.c.id, lists.c.audience, lists.c.list_id, lists.c.stale)
-        with self._reading.connect() as connection:
+        with self.reading.connect() as connection:
             found = connection.execute(wanted.where(lists.c.destination == destination).order_by(lists.c.audience))
             return [List(*row) for row in found]
 
@@ -353,7 +357,7 @@ class Ledger:
         """The list of an audience; a new one has no members and is not opened."""
         row = {"destination": destination, "audience": audience, "stale": True}
         with self._engine.begin() as connection:
-            connection.execute(self._insert(lists).values(row).on_conflict_do_nothing())
+            connection.execute(self.insert(lists).values(row).on_conflict_do_nothing())
         return next(one for one in self.lists(destination) if one.audience == audience)
 
     def opened(self, own: List, list_id: str) -> List:
@@ -372,7 +376,7 @@ class Ledger:
 
     def is_stale(self, own: List) -> bool:
         """Whether the list changed since a snapshot was last written."""
-        with self._reading.connect() as connection:
+        with self.reading.connect() as connection:
             return bool(connection.execute(sa.select(lists.c.stale).where(lists.c.id == own.id)).scalar_one())
 
     # --- members ---
@@ -383,7 +387,7 @@ class Ledger:
         after = b""
         while True:
             wanted = sa.select(*columns).where((members.c.list == own.id) & (members.c.key > after))
-            with self._reading.connect() as connection:
+            with self.reading.connect() as connection:
                 rows = connection.execute(wanted.order_by(members.c.key).limit(page)).all()
             for key, has, refused, open_, identifiers in rows:
                 yield Known(bytes(key), has, refused, open_, _unpacked(identifiers))
@@ -394,7 +398,7 @@ class Ledger:
     def size(self, own: List) -> int:
         """How many members the platform may have."""
         maybe = (members.c.list == own.id) & (members.c.identifiers != packed({}))
-        with self._reading.connect() as connection:
+        with self.reading.connect() as connection:
             return int(connection.execute(sa.select(sa.func.count()).where(maybe)).scalar_one())
 
     def forget(self, own: List, keys: Sequence[bytes], erased: Sequence[bytes] = ()) -> None:
@@ -422,7 +426,7 @@ class Ledger:
         """Write down what is about to be sent. Raises LeaseLost."""
         name = uuid.uuid4().hex
         with self._engine.begin() as connection:
-            self._keep(connection, *lease, now_ms)
+            self.hold(connection, lease, now_ms)
             row = {"name": name, "list": own.id, "run": run, "operation": operation, "state": INTENDED}
             counts = {"members": len(intents), "attempts": 0, "intended_ms": now_ms}
             batch = _number(connection, batches.insert().values(row | counts))
@@ -442,7 +446,7 @@ class Ledger:
         whole = [{"answer": None, **row, "list": list_, "changed_ms": now_ms} for row in rows]
         if not whole:
             return
-        put = self._insert(members)
+        put = self.insert(members)
         changed = {name: put.excluded[name] for name in whole[0] if name not in ("list", "key")}
         put = put.on_conflict_do_update(index_elements=["list", "key"], set_=changed)
         connection.execute(put, whole)
@@ -450,7 +454,7 @@ class Ledger:
     def attempt(self, batch: Batch, lease: Lease, now_ms: int) -> None:
         """Note an attempt that is about to be made. Raises LeaseLost."""
         with self._engine.begin() as connection:
-            self._keep(connection, *lease, now_ms)
+            self.hold(connection, lease, now_ms)
             change = batches.update().where(batches.c.id == batch.id)
             connection.execute(change.values(attempts=batches.c.attempts + 1, attempted_ms=now_ms))
 
@@ -459,7 +463,7 @@ class Ledger:
         usual = _usual(outcomes)
         pairs = list(zip(batch.intents, outcomes, strict=True))
         with self._engine.begin() as connection:
-            self._keep(connection, *lease, now_ms)
+            self.hold(connection, lease, now_ms)
             change = {"state": SETTLED, "accepted": sum(one.accepted for one in outcomes)}
             change |= {"settled_ms": now_ms, "answer": usual}
             connection.execute(batches.update().where(batches.c.id == batch.id).values(change))
@@ -487,7 +491,7 @@ class Ledger:
     def reject(self, batch: Batch, answer: str, lease: Lease, now_ms: int) -> None:
         """Write down that a batch was refused as a whole: everybody is what they were before."""
         with self._engine.begin() as connection:
-            self._keep(connection, *lease, now_ms)
+            self.hold(connection, lease, now_ms)
             change = {"state": REJECTED, "accepted": 0, "settled_ms": now_ms, "answer": _short(answer)}
             connection.execute(batches.update().where(batches.c.id == batch.id).values(change))
             connection.execute(entries.update().where(entries.c.batch == batch.id).values(accepted=False))
@@ -505,7 +509,7 @@ class Ledger:
         own = sa.select(lists.c.id).where(lists.c.destination == destination)
         wanted = sa.select(batches.c.attempted_ms, batches.c.attempts)
         late = (batches.c.intended_ms > since_ms - DAY_MS) & (batches.c.attempted_ms > since_ms)
-        with self._reading.connect() as connection:
+        with self.reading.connect() as connection:
             found = connection.execute(wanted.where(late & batches.c.list.in_(own))).all()
         return sorted(moment for moment, count in found for _ in range(count))
 
@@ -516,7 +520,7 @@ class Ledger:
         old = sa.select(batches.c.id, batches.c.list, batches.c.operation, batches.c.intended_ms).where(
             (batches.c.intended_ms < before_ms) & (batches.c.state != INTENDED)
         )
-        with self._reading.connect() as connection:
+        with self.reading.connect() as connection:
             found = connection.execute(old.order_by(batches.c.id)).all()
         for batch, list_, operation, intended_ms in found:
             with self._engine.begin() as connection:
@@ -534,7 +538,7 @@ class Ledger:
         counted = sa.select(entries.c.why, sa.func.count(), taken).where(entries.c.batch == batch)
         for why, sent, accepted in connection.execute(counted.group_by(entries.c.why)).all():
             row = {"list": list_, "day_ms": day_ms, "operation": operation, "why": why}
-            put = self._insert(history).values(row | {"sent": sent, "accepted": accepted})
+            put = self.insert(history).values(row | {"sent": sent, "accepted": accepted})
             more = {"sent": history.c.sent + put.excluded.sent, "accepted": history.c.accepted + put.excluded.accepted}
             put = put.on_conflict_do_update(index_elements=["list", "day_ms", "operation", "why"], set_=more)
             connection.execute(put)

@@ -1,22 +1,25 @@
-"""Wanted people by the service's own data: members of audiences, what is known of them, and their scores."""
+"""The service's own data: who is wanted where by members, consents and scores, and what happened by the journals."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from functools import cached_property
 from types import TracebackType
 from typing import Any, Final
 
+from audiences import triggers
 from audiences.destinations.protocol import Person, Purpose
 from audiences.wanted import Candidate
 from service.app import open_store
 from service.consent import Identities, Known
-from service.erasures import key_of
-from service.members import ERASED, Audience, Members
-from service.propensities import Propensities
+from service.erasures import Erasures, key_of
+from service.errors import CursorGone, InvalidCursor
+from service.journal import Journal
+from service.members import ERASED, Audience, Change, Members
+from service.propensities import Move, Propensities
 from service.settings import Settings
 from service.store import Store
 
@@ -37,7 +40,7 @@ class Live:
 
     def __enter__(self) -> Live:
         try:
-            self.store: Store = self._run(self._stack.enter_async_context(open_store(self._settings, 0)))
+            self.store: Store = self.run(self._stack.enter_async_context(open_store(self._settings, 0)))
         except BaseException:
             self._runner.close()
             raise
@@ -49,16 +52,17 @@ class Live:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self._run(self._stack.aclose())
+            self.run(self._stack.aclose())
         finally:
             self._runner.close()
 
-    def _run(self, task: Any) -> Any:
+    def run(self, task: Any) -> Any:
+        """Wait for something asynchronous."""
         return self._runner.run(task)
 
     @cached_property
     def _audiences(self) -> Mapping[str, tuple[Audience, Mapping[str, Any]]]:
-        found: list[Audience] = self._run(self.members.names())
+        found: list[Audience] = self.run(self.members.names())
         return {one.name: (one, json.loads(one.definition)) for one in found if one.definition}
 
     def audiences(self) -> Mapping[str, Sequence[str]]:
@@ -77,10 +81,10 @@ class Live:
         purposes = {str(purpose), definition.get("purpose") or str(purpose)}
         cursor = None
         while True:
-            page = self._run(self.members.page(audience, cursor, PAGE))
+            page = self.run(self.members.page(audience, cursor, PAGE))
             ids = [member.visitor_id for member in page.items]
-            known: list[Known] = self._run(self.identities.read(ids)) if ids else []
-            values = self._run(self._fields(definition, page.items, fields)) if ids else []
+            known: list[Known] = self.run(self.identities.read(ids)) if ids else []
+            values = self.run(self._fields(definition, page.items, fields)) if ids else []
             for visitor_id, one, own in zip(ids, known, values, strict=True):
                 allowed = all(one.consents.get(name, False) for name in purposes)
                 person = Person(key_of(visitor_id), one.identifiers if allowed else {}, own if allowed else {})
@@ -113,9 +117,77 @@ class Live:
         if audience not in self._audiences:
             return
         since = ""
-        while True:
-            page = self._run(self.members.changes(audience, since, CHANGES))
-            yield from (change.visitor_id for change in page.items if not change.entered and change.why == ERASED)
-            if page.cursor is None:
-                return
-            since = page.cursor
+        while changes := self.run(self.members.changes(audience, since, CHANGES)).items:
+            yield from (change.visitor_id for change in changes if not change.entered and change.why == ERASED)
+            since = changes[-1].cursor
+
+
+class Journals:
+    """`triggers.Sources` from the same data: what moved between segments, and who entered audiences and left."""
+
+    def __init__(self, live: Live) -> None:
+        self._live = live
+
+    def names(self, options: triggers.Options) -> Sequence[str]:
+        """Journals as `segments MODEL` and `audience NAME`."""
+        wants = {kind.partition("_")[0] for kind in options.events}
+        models, audiences = options.models, options.audiences
+        if models is None:
+            models = tuple(self._live.run(self._live.propensities.models()))
+        if audiences is None:
+            audiences = tuple(one.name for one in self._live.run(self._live.members.names()))
+        return [
+            *(f"segments {name}" for name in models if "segment" in wants),
+            *(f"audience {name}" for name in audiences if "audience" in wants),
+        ]
+
+    def _journal(self, name: str) -> Journal:
+        kind, _, own = name.partition(" ")
+        return (self._live.propensities if kind == "segments" else self._live.members).journal(own)
+
+    def end(self, name: str) -> str:
+        """The number of the last line."""
+        journal = self._journal(name)
+        last = self._live.run(journal.last())
+        return str(last) if last else ""
+
+    def read(self, name: str, cursor: str, count: int) -> triggers.Read:
+        """A page of a journal. Where it does not reach back so far, or was made anew, it is read from its beginning."""
+        kind, _, own = name.partition(" ")
+        gone = False
+        reader: Any = self._live.propensities.moves if kind == "segments" else self._live.members.changes
+        try:
+            items = self._live.run(reader(own, cursor, count)).items
+        except (CursorGone, InvalidCursor):
+            gone, items = True, self._live.run(reader(own, "", count)).items
+        events = [one for item in items for one in (_of_move if kind == "segments" else _of_change)(name, own, item)]
+        return triggers.Read(events, items[-1].cursor if items else "" if gone else cursor, gone)
+
+    def erased(self, visitor_ids: Sequence[str]) -> Collection[str]:
+        """Those of the visitors who were erased and have not come back."""
+        return self._live.run(self._erased(visitor_ids)) if visitor_ids else ()
+
+    async def _erased(self, visitor_ids: Sequence[str]) -> Collection[str]:
+        async def forget(_: Sequence[str]) -> None:
+            """Who is erased meanwhile is asked about the next time."""
+
+        async with Erasures(self._live.store).writing(visitor_ids, forget) as erased:
+            return erased
+
+
+def _of_move(name: str, model: str, move: Move) -> Iterator[triggers.Event]:
+    at = (move.at_ms, move.visitor_id, key_of(move.visitor_id))
+    if move.left is not None:
+        data = {"model": model, "segment": move.left, "next": move.entered}
+        yield triggers.Event(name, move.cursor, "segment_left", *at, data)
+    data = {"model": model, "segment": move.entered, "previous": move.left or ""}
+    yield triggers.Event(name, move.cursor, "segment_entered", *at, data)
+
+
+def _of_change(name: str, audience: str, change: Change) -> Iterator[triggers.Event]:
+    data = {"audience": audience, "why": change.why}
+    if change.why == ERASED and not change.entered:
+        yield triggers.Event(name, change.cursor, "audience_left", change.at_ms, None, change.visitor_id, data)
+        return
+    kind: triggers.Kind = "audience_entered" if change.entered else "audience_left"
+    yield triggers.Event(name, change.cursor, kind, change.at_ms, change.visitor_id, key_of(change.visitor_id), data)

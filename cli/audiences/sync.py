@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cli.offline import need
 from cli.progress import console, stages
 from service import settings as service_settings
+from service.core.errors import PropensityError
 
 if TYPE_CHECKING:
     from audiences.sync import Counts
@@ -56,7 +56,7 @@ def sync(
     Exits with 0 if the destination has what it should, 1 if it refused members, 2 if the run was not carried out or not
     to its end, and 3 if another run is at the same destination.
     """
-    need("audiences.sync")
+    need_audiences()
     import stamina.instrumentation
 
     from audiences import ledger as ledgers
@@ -83,6 +83,19 @@ def sync(
         _print(counts, to, dry_run)
     if not dry_run and not all(one.complete for one in counts):
         raise typer.Exit(INCOMPLETE)
+
+
+def need_audiences() -> None:
+    """Raise an error that says what to install where that is missing."""
+    import importlib
+
+    try:
+        for module in ("audiences.sync", "audiences.signed", "audiences.destinations.registry"):
+            importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise PropensityError(
+            f"{error.name} is not installed; install what audiences need with pip install 'propensity[audiences]'"
+        ) from None
 
 
 def address(given: str | None, settings: Settings) -> str:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -45,7 +46,7 @@ def postgres() -> Iterator[str]:
     """The address of a new, empty server, which is stopped and deleted afterwards."""
     programs, owner = _programs(), _somebody()
     directory = Path(tempfile.mkdtemp(prefix="propensity-postgres-"))
-    who = {"user": owner.pw_uid, "group": owner.pw_gid} if owner else {}
+    who: dict[str, Any] = {"user": owner.pw_uid, "group": owner.pw_gid} if owner else {}
     if owner:
         os.chown(directory, owner.pw_uid, owner.pw_gid)
     environment = {"PATH": os.environ["PATH"], "LC_ALL": "C", "HOME": str(directory)}
@@ -53,14 +54,14 @@ def postgres() -> Iterator[str]:
     try:
         subprocess.run(
             [programs / "initdb", "-D", data, "-A", "trust", "-U", "propensity", "--no-sync", "-E", "UTF8"],
-            env=environment, cwd=directory, check=True, capture_output=True, **who,  # type: ignore[arg-type]
+            env=environment, cwd=directory, check=True, capture_output=True, **who,
         )  # fmt: skip
         options = {"port": port, "listen_addresses": "127.0.0.1", "unix_socket_directories": "", "fsync": "off"}
         words = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
         with (directory / "log").open("wb") as log:
             server = subprocess.Popen(
                 [programs / "postgres", "-D", data, *words],
-                env=environment, cwd=directory, stdout=log, stderr=log, **who,  # type: ignore[call-overload]
+                env=environment, cwd=directory, stdout=log, stderr=log, **who,
             )  # fmt: skip
         try:
             url = f"postgresql://propensity@127.0.0.1:{port}/postgres"
