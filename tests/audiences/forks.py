@@ -13,7 +13,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+import traceback
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, NoReturn
@@ -52,14 +53,13 @@ class Forked:
 class Forks:
     """The parent. One process at a time."""
 
-    def __init__(self, environment: dict[str, str], out: Path) -> None:
+    def __init__(self, out: Path) -> None:
         self._out = out
         self.ends: queue.Queue[int] = queue.Queue()
         self._pids: queue.Queue[int] = queue.Queue()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.audiences.forks"],
             cwd=ROOT,
-            env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -73,10 +73,10 @@ class Forks:
                 word, number = line.split()
                 (self._pids if word == "began" else self.ends).put(int(number))
 
-    def start(self, arguments: Sequence[str]) -> Forked:
-        """Run `propensity` with these arguments."""
+    def start(self, arguments: Sequence[str], environment: Mapping[str, str]) -> Forked:
+        """Run `propensity` with these arguments, and these variables beside those that there are."""
         assert self.process.stdin
-        self.process.stdin.write(json.dumps({"arguments": list(arguments), "out": str(self._out)}) + "\n")
+        self.process.stdin.write(json.dumps([list(arguments), dict(environment), str(self._out)]) + "\n")
         self.process.stdin.flush()
         return Forked(self, self._pids.get(timeout=60), self._out)
 
@@ -91,9 +91,10 @@ class Forks:
         self.process.wait(timeout=30)
 
 
-def _run(arguments: list[str], out: str) -> NoReturn:
+def _run(arguments: list[str], environment: dict[str, str], out: str) -> NoReturn:
     status = 70
     try:
+        os.environ.update(environment)
         descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
@@ -106,9 +107,11 @@ def _run(arguments: list[str], out: str) -> NoReturn:
             status = 0
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
         sys.stdout.flush()
         sys.stderr.flush()
-    finally:
         os._exit(status)
 
 
@@ -119,10 +122,9 @@ def main() -> None:
     for module in PRELOADED:
         importlib.import_module(module)
     for line in sys.stdin:
-        given = json.loads(line)
         pid = os.fork()
         if pid == 0:
-            _run(given["arguments"], given["out"])
+            _run(*json.loads(line))
         print("began", pid, flush=True)
         _, status = os.waitpid(pid, 0)
         print("ended", os.waitstatus_to_exitcode(status), flush=True)

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from tests.audiences import kills
+from tests.audiences.forks import Forks
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    with Forks(tmp_path_factory.mktemp("forks") / "out") as started:
+        yield started
 
 
 @pytest.mark.parametrize("ledger", ["sqlite", "postgresql"])
 def test_killed_at_random_points_the_command_ends_with_what_should_be_there(
-    ledger: str, request: pytest.FixtureRequest
+    forks: Forks, ledger: str, request: pytest.FixtureRequest
 ) -> None:
     address = str(request.getfixturevalue("postgres_url")) if ledger == "postgresql" else None
-    proof = kills.prove(address, points=4, seed=7, visitors=40)
+    proof = kills.prove(forks, address, points=4, seed=7, visitors=30)
     assert proof.kills == 4
     assert proof.completed >= 4
     assert proof.members_sent > proof.members_sent_again

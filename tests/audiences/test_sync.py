@@ -19,7 +19,8 @@ from audiences.ledger import Ledger
 from service.core.errors import PropensityError
 from tests.audiences.people import People, Somebody, hashed, key_of
 
-QUICK = Sending(patience_s=0.2, first_wait_s=0.001, longest_wait_s=0.002)
+PATIENT = Sending(patience_s=60, first_wait_s=0.001, longest_wait_s=0.002)
+SHORT = Sending(patience_s=0.2, first_wait_s=0.001, longest_wait_s=0.002)
 ANNA, BERT, CARL = Somebody("anna"), Somebody("bert"), Somebody("carl")
 
 
@@ -100,8 +101,15 @@ def platform() -> Memory:
     return Memory()
 
 
-def run(ledger: Ledger, platform: Memory, people: People, audience: str | None = None, **options: object) -> sync.Counts:
-    counts = sync.run(ledger, platform, people, QUICK, audience, sync.Options(**options))  # type: ignore[arg-type]
+def run(
+    ledger: Ledger,
+    platform: Memory,
+    people: People,
+    audience: str | None = None,
+    sending: Sending = PATIENT,
+    **options: object,
+) -> sync.Counts:
+    counts = sync.run(ledger, platform, people, sending, audience, sync.Options(**options))  # type: ignore[arg-type]
     assert len(counts) == 1
     return counts[0]
 
@@ -212,7 +220,7 @@ def test_an_identifier_that_another_member_has_stays(ledger: Ledger, platform: M
 def test_the_list_of_an_audience_that_was_deleted_is_emptied(ledger: Ledger, platform: Memory, people: People) -> None:
     run(ledger, platform, people)
     people.lists = {"other": {}}
-    counts = {one.audience: one for one in sync.run(ledger, platform, people, QUICK)}
+    counts = {one.audience: one for one in sync.run(ledger, platform, people, PATIENT)}
     assert counts["vip"].why == {"remove: deleted": 3}
     assert platform.lists["list of vip"] == {}
     assert members(ledger) == []
@@ -261,7 +269,7 @@ def test_nothing_of_who_was_erased_is_left_once_the_removal_is_confirmed(
     people.gone = ["anna"]
     platform.faults = [Busy("not now")] * 1000
     with pytest.raises(Busy):
-        run(ledger, platform, people)
+        run(ledger, platform, people, sending=SHORT)
     assert hashed("anna@example.com") in everything(ledger), "it is needed until it is removed"
     platform.faults = []
     assert run(ledger, platform, people).why == {"remove: erased": 1, "remove: left": 1}
@@ -329,7 +337,7 @@ def test_what_a_platform_that_stays_busy_may_have_taken_is_sent_again_by_the_nex
 ) -> None:
     platform.faults, platform.late = [None, *[Busy("503")] * 1000], [None, Busy("lost")]
     with pytest.raises(Busy, match="503"):
-        run(ledger, platform, people)
+        run(ledger, platform, people, sending=SHORT)
     first = {one.key for one in platform.requests[0][1]}
     platform.faults, platform.late = [], []
     platform.requests.clear()
@@ -503,15 +511,15 @@ def test_the_rate_counts_what_a_run_before_has_sent(ledger: Ledger, people: Peop
     ledger.take("ours", "me", now(), 60_000)
     lists, options = ledger.opened(ledger.list_of("ours", "vip"), "list of vip"), sync.Options()
     platform.open("vip")
-    with sync._Sender(ledger, platform, QUICK, options, "me", 1, sync.Clock()) as sender:
+    with sync._Sender(ledger, platform, PATIENT, options, "me", 1, sync.Clock()) as sender:
         for one in (ANNA, BERT, CARL):
             person = one.candidate.person
             known = ledgers.Known(bytes.fromhex(person.key), None, None, None, {})
             intent = ledgers.Intent(known, "entered", b"", person.identifiers, person.identifiers)
             sender.send(lists, "add", [person], [intent])
         assert sender.limiter.try_acquire("ours", blocking=False) is False
-    with sync._Sender(ledger, platform, QUICK, options, "me", 2, sync.Clock()) as sender:
+    with sync._Sender(ledger, platform, PATIENT, options, "me", 2, sync.Clock()) as sender:
         assert sender.limiter.try_acquire("ours", blocking=False) is False
     platform.limits = Limits(1, 4, 600)
-    with sync._Sender(ledger, platform, QUICK, options, "me", 3, sync.Clock()) as sender:
+    with sync._Sender(ledger, platform, PATIENT, options, "me", 3, sync.Clock()) as sender:
         assert sender.limiter.try_acquire("ours", blocking=False) is True

@@ -23,7 +23,7 @@ from typing import Any, Final
 
 KINDS: Final = ("audience.members_added", "audience.members_removed")
 HASHED: Final = ("google.email", "google.phone", "meta.email", "meta.phone", "meta.external_id")
-FAULTS: Final = ("429", "500", "500 after", "503 later", "no answer", "late answer")
+FAULTS: Final = ("429", "500", "500 after", "503 later", "no answer")
 
 
 @dataclass
@@ -33,6 +33,7 @@ class Receiver:
     secret: bytes
     most: int
     share: float  # of requests that fail
+    late_share: float
     late_s: float
     random: random.Random
     lists: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -97,11 +98,12 @@ class Receiver:
                 return 400, wrong.encode(), {}
             event = json.loads(body)
             fault = self.random.choice(FAULTS) if self.random.random() < self.share else ""
+            fault = "late answer" if self.random.random() < self.late_share else fault
             applied = fault not in ("429", "500", "503 later")
             refused = self.take(event, applied)
             self.requests.append(_logged(event, fault, applied, refused))
             print(len(self.requests), flush=True)  # whoever waits for a moment to kill the sender reads this
-        if fault == "late answer":
+        if fault == "late answer":  # the sender has given up meanwhile
             time.sleep(self.late_s)
         if fault == "no answer":
             return None, b"", {}
@@ -174,11 +176,12 @@ def main() -> None:
     parser.add_argument("--secret", required=True)
     parser.add_argument("--most", type=int, default=50)
     parser.add_argument("--share", type=float, default=0.0)
+    parser.add_argument("--late-share", type=float, default=0.0)
     parser.add_argument("--late-s", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     secret = base64.b64decode(given.secret.removeprefix("whsec_"))
-    receiver = Receiver(secret, given.most, given.share, given.late_s, random.Random(given.seed))
+    receiver = Receiver(secret, given.most, given.share, given.late_share, given.late_s, random.Random(given.seed))
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler(receiver))
     server.daemon_threads = True
     print(server.server_port, flush=True)
