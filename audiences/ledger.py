@@ -234,6 +234,12 @@ def is_gone(text: str) -> bool:
     return _started(int(process)) != started
 
 
+def described(holder: str) -> str:
+    """A holder in words."""
+    host, _, process = ([*holder.split("/"), "", ""])[:3]
+    return f"process {process} of {host}"
+
+
 def packed(identifiers: Identifiers) -> str:
     """Identifiers as text."""
     return json.dumps({form: list(values) for form, values in sorted(identifiers.items())}, separators=(",", ":"))

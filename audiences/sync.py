@@ -176,9 +176,8 @@ def _take(ledger: Ledger, name: str, holder: str, options: Options, clock: Clock
     end_ms = clock.now_ms() + options.wait_s * 1000
     while (other := ledger.take(name, holder, clock.now_ms(), options.lease_ms)) is not None:
         if clock.now_ms() >= end_ms:
-            host, _, process, *_ = other.split("/")
             raise Held(
-                f"process {process} of {host} is synchronising {name}; wait for it with --wait 600, "
+                f"{ledgers.described(other)} is synchronising {name}; wait for it with --wait 600, "
                 f"or, where it was killed, {options.lease_ms // 1000} seconds"
             )
         clock.sleep(0.5)

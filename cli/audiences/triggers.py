@@ -120,11 +120,13 @@ def _opened(name: str | None, destinations: Path, ledger: str | None) -> Iterato
 @contextmanager
 def _held(found: list[Trigger]) -> Iterator[None]:
     """Hold the lease of each, or end with the status that says who does."""
+    from audiences.ledger import described
+
     with ExitStack() as stack:
         for trigger in found:
             other = trigger.hold(_now_ms())
             if other is not None:
-                print(f"propensity: the trigger {trigger.name} is run by {other}", file=sys.stderr)
+                print(f"propensity: {described(other)} is running the trigger {trigger.name}", file=sys.stderr)
                 raise typer.Exit(ANOTHER_RUNS)
             stack.callback(trigger.let_go)
         yield

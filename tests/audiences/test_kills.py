@@ -16,12 +16,8 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
         yield started
 
 
-@pytest.mark.parametrize("ledger", ["sqlite", "postgresql"])
-def test_killed_at_random_points_the_command_ends_with_what_should_be_there(
-    forks: Forks, ledger: str, request: pytest.FixtureRequest
-) -> None:
-    address = str(request.getfixturevalue("postgres_url")) if ledger == "postgresql" else None
-    proof = kills.prove(forks, address, points=4, seed=7, visitors=30)
+def test_killed_at_random_points_the_command_ends_with_what_should_be_there(forks: Forks, ledger_url: str) -> None:
+    proof = kills.prove(forks, ledger_url, points=4, seed=7, visitors=30)
     assert proof.kills == 4
     assert proof.completed >= 4
     assert proof.members_sent > proof.members_sent_again
