@@ -8,6 +8,7 @@
 .PHONY: help setup setup-dev run test lint format examples load bench bench-audiences bench-features bench-ingest bench-memory bench-training bench-tracing drift-proof hysteresis-proof rules faults fresh-run lock image dashboards observe traffic preview clean system again
 .PHONY: help setup setup-dev run test lint format examples identities load bench bench-features bench-ingest bench-memory bench-training bench-tracing drift-proof rules faults fresh-run lock image dashboards observe traffic preview clean system again
 .PHONY: help setup setup-dev run test lint format examples load bench bench-features bench-ingest bench-memory bench-training bench-batch bench-tracing drift-proof rules faults fresh-run lock image dashboards observe traffic preview clean system again
+.PHONY: help setup setup-dev run test lint format examples load bench bench-features bench-ingest bench-memory bench-training bench-tracing bench-sync sync-kills drift-proof rules faults fresh-run lock image dashboards observe traffic preview clean system again
 
 BIN := .venv/bin
 PORT ?= 8000
@@ -125,6 +126,15 @@ traffic: .venv/.ready ## Score moments of the shop's last week again on PORT: SE
 preview: .venv/.ready-dev ## Draw the dashboards without Grafana, from the Prometheus on PROMETHEUS_PORT (9090)
 	@$(BIN)/python -W ignore -m deploy.grafana.preview --prometheus http://127.0.0.1:$(PROMETHEUS_PORT) $(OPTIONS)
 
+sync-kills: .venv/.ready-dev ## Kill the synchronisation at POINTS=100 random points, over SQLite and over PostgreSQL
+	@$(MAKE) --no-print-directory system PROGRAMS=postgresql
+	@$(BIN)/python -m tests.audiences.kills --points $(POINTS)
+
+POINTS ?= 100
+
+bench-sync: .venv/.ready-dev ## Measure time and memory of synchronising a million members
+	@$(BIN)/python -m loadtest.bench_sync
+
 image: ## Build the serving image with the models in artifacts/
 	docker build --tag propensity .
 
@@ -193,14 +203,20 @@ lock: .venv/.python ## Write the lock files from pyproject.toml (UPGRADE=1: with
 	$(COMPILE) pyproject.toml -c requirements-dev.lock --extra tracing -o requirements.lock
 	$(COMPILE) --group bootstrap -c requirements-dev.lock $(if $(UPGRADE),--upgrade) -o requirements-bootstrap.lock
 
-PROGRAMS ?= redis-server chromium prometheus
+PROGRAMS ?= redis-server chromium prometheus postgresql
 # Debian starts the servers that it installs unless this file forbids it; the tests start their own, on other ports.
 POLICY ?= /usr/sbin/policy-rc.d
+# Debian has this server beside the PATH.
+POSTGRES ?= /usr/lib/postgresql/*/bin/postgres
 
-system: ## Install redis-server, chromium and prometheus (PROGRAMS) where they are missing (by apt-get, as root), or say so
+system: ## Install redis-server, chromium, prometheus and postgresql (PROGRAMS) where they are missing (by apt-get, as root), or say so
 	@missing=""; \
 	for program in $(PROGRAMS); do \
-		names=$$program; test $$program != chromium || names="chromium chromium-browser google-chrome"; \
+		case $$program in \
+			chromium) names="chromium chromium-browser google-chrome";; \
+			postgresql) names="postgres $(POSTGRES)";; \
+			*) names=$$program;; \
+		esac; \
 		for name in $$names; do command -v $$name >/dev/null && continue 2; done; \
 		missing="$$missing $$program"; \
 	done; \

@@ -25,6 +25,7 @@ import pytest
 from fastapi.testclient import TestClient
 from onnx import TensorProto, helper, numpy_helper
 
+from audiences.ledger import Ledger
 from service import embedded
 from service.app import create_app
 from service.core import bundle, events, features, spec
@@ -414,3 +415,31 @@ def open_shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
     options = train.Options(artifacts=directory / "artifacts", seed=7, threads=1)
     trained = train.from_events([str(events_path)], spec_path, options)
     return Shop(events_path, spec_path, options.artifacts, trained.bundle.path)
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    """A PostgreSQL of the tests' own; skipped where the system has none."""
+    from tests.audiences.postgres import postgres
+
+    with postgres() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def ledger_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The address of an empty ledger, of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'ledger.db'}"
+    from tests.audiences.postgres import emptied
+
+    return emptied(request.getfixturevalue("postgres_url"))
+
+
+@pytest.fixture
+def ledger(ledger_url: str) -> Iterator[Ledger]:
+    """An empty ledger, of each kind."""
+    from audiences import ledger as ledgers
+
+    with ledgers.opened(ledger_url) as opened:
+        yield opened

@@ -253,23 +253,35 @@ def test_setup_without_virtual_environments_names_the_package_to_install(tmp_pat
 
 
 def test_missing_system_packages_are_named_and_do_not_stop_a_person(tmp_path: Path) -> None:
-    result = make("system", path=programs(tmp_path / "bin", "sh", "id", "test"))
+    result = make("system", "POSTGRES=none", path=programs(tmp_path / "bin", "sh", "id", "test"))
     assert result.returncode == 0, result.stderr
-    assert "Missing: redis-server chromium prometheus" in result.stderr
+    assert "Missing: redis-server chromium prometheus postgresql" in result.stderr
 
 
 def test_missing_system_packages_stop_continuous_integration(tmp_path: Path) -> None:
-    result = make("system", path=programs(tmp_path / "bin", "sh", "id", "test"), CI="true")
+    result = make("system", "POSTGRES=none", path=programs(tmp_path / "bin", "sh", "id", "test"), CI="true")
     assert result.returncode != 0
-    assert "Missing: redis-server chromium prometheus" in result.stderr
+    assert "Missing: redis-server chromium prometheus postgresql" in result.stderr
 
 
 def test_present_system_packages_are_left_alone(tmp_path: Path) -> None:
     path = programs(tmp_path / "bin", "sh", "id", "test")
-    for name in ("redis-server", "chromium", "prometheus"):
+    for name in ("redis-server", "chromium", "prometheus", "postgres"):
         script(tmp_path / "bin" / name, "exit 0")
     result = make("system", path=path, CI="true")
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_a_server_beside_the_path_is_found(tmp_path: Path) -> None:
+    path = programs(tmp_path / "bin", "sh", "id", "test")
+    for version in ("14", "15"):
+        (tmp_path / version).mkdir()
+        script(tmp_path / version / "postgres", "exit 0")
+    given = ("system", "PROGRAMS=postgresql", f"POSTGRES={tmp_path}/*/postgres")
+    assert make(*given, path=path, CI="true").returncode == 0
+    (tmp_path / "15" / "postgres").unlink()
+    (tmp_path / "14" / "postgres").unlink()
+    assert "Missing: postgresql" in make(*given, path=path, CI="true").stderr
 
 
 def test_a_server_that_is_installed_is_not_started(tmp_path: Path) -> None:
