@@ -254,7 +254,9 @@ def _engine(url: str) -> sa.Engine:
         parsed = sa.make_url(url)
         if parsed.get_backend_name() == "sqlite":
             if parsed.database not in (None, "", ":memory:"):
-                Path(str(parsed.database)).parent.mkdir(parents=True, exist_ok=True)
+                path = Path(str(parsed.database))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch(mode=0o600)  # it names people, although by hashes alone
             return _with_immediate_transactions(sa.create_engine(parsed, connect_args={"timeout": 30}))
         if parsed.get_backend_name() == "postgresql":
             return sa.create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True)

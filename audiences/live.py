@@ -25,9 +25,7 @@ from service.store import Store
 
 PAGE: Final = 2_000
 CHANGES: Final = 10_000
-# What a person's fields are: a change of the last digits of a score is none that a CRM should be told of.
-DIGITS: Final[Mapping[str, int]] = {"propensity": 4, "percentile": 1}
-FIELDS: Final = ("propensity", "segment", "model", "entered_at")
+DIGITS: Final = 4  # of a score: a change beyond them is none that a CRM should be told of
 
 
 class Live:
@@ -102,7 +100,7 @@ class Live:
         if model and "propensity" in fields:
             for own, score in zip(found, await self.propensities.of(model, ids), strict=True):
                 if score is not None:
-                    own["propensity"] = round(score, DIGITS["propensity"])
+                    own["propensity"] = round(score, DIGITS)
         if model and "segment" in fields:
             for own, segment in zip(found, await self.propensities.segments(model, ids), strict=True):
                 if segment is not None:

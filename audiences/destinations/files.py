@@ -32,8 +32,8 @@ from service.core.errors import PropensityError
 
 Format = Literal["parquet", "csv", "ndjson"]
 
-FIELDS: Final = ("propensity", "percentile", "segment")
-NUMBERS: Final = ("propensity", "percentile")
+FIELDS: Final = ("propensity", "segment")
+NUMBERS: Final = ("propensity",)
 STAMP: Final = "%Y%m%dT%H%M%SZ"
 ROWS_AT_ONCE: Final = 10_000
 LASTING: Final = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)

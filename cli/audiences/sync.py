@@ -109,8 +109,7 @@ def told(error: BaseException, wait_s: float) -> None:
 
 
 def _print(counts: Sequence[Counts], destination: str, dry_run: bool) -> None:
-    verb = "would be sent" if dry_run else "sent"
-    table = Table(title=f"{escape(destination)}: what {verb}")
+    table = Table(title=f"{escape(destination)}: what {'would be' if dry_run else 'was'} sent")
     table.add_column("audience")
     for heading in ("wanted", "without consent", "unchanged", "added", "removed", "refused"):
         table.add_column(heading, justify="right")
