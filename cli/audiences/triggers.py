@@ -27,7 +27,18 @@ POLL_S: Final = 1.0
 
 Name = Annotated[str | None, typer.Argument(help="Trigger; all of the file unless given.", show_default=False)]
 
-group = typer.Typer(name="triggers", help="Webhooks that are told who moves between segments and audiences.")
+group = typer.Typer(
+    name="triggers",
+    help="Webhooks that are told who moves between segments and audiences.",
+    invoke_without_command=True,
+)
+
+
+@group.callback()
+def alone(context: typer.Context) -> None:
+    """Show the help where no command is named."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 def register(above: typer.Typer) -> None:

@@ -65,10 +65,10 @@ class Visitor:
 class World:
     """Visitors, in memory and in a real feature cache."""
 
-    def __init__(self, url: str, visitors: int, dice: random.Random) -> None:
+    def __init__(self, url: str, visitors: int, dice: random.Random, namespace: str = "p") -> None:
         self.dice, self.made = dice, 0
         self.runner = asyncio.Runner()
-        self.store = Store.open(url, namespace="p", retention_ms=10**9, timeout_ms=10_000)
+        self.store = Store.open(url, namespace=namespace, retention_ms=10**9, timeout_ms=10_000)
         self.members, self.propensities = Members(self.store), Propensities(self.store)
         self.now_ms = time.time_ns() // 1_000_000 - 10**8
         self.defined = set(AUDIENCES)

@@ -3,79 +3,28 @@
 from __future__ import annotations
 
 import json
-import threading
-from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from pydantic import SecretStr
-from standardwebhooks import Webhook, WebhookVerificationError
 
 from audiences import ledger as ledgers
 from audiences import triggers
 from audiences.ledger import Ledger
 from audiences.triggers import Event, Options, Read, Told, Trigger
+from tests.audiences.hooks import Hook, hooked
 from tests.audiences.people import key_of
 from tests.audiences.receiving import SECRET
 
 START = 1_790_000_000_000
 
 
-@dataclass
-class Hook:
-    """A receiver: what it was told in order, and for whom it answers what."""
-
-    port: int = 0
-    told: list[dict[str, Any]] = field(default_factory=list)
-    ids: list[str] = field(default_factory=list)
-    forged: int = 0
-    answers: dict[str, int] = field(default_factory=dict)  # status by visitor; others get 204
-    attempts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/hook"
-
-    def of(self, visitor: str) -> list[str]:
-        """Segments that it was told a visitor entered."""
-        return [one["data"]["segment"] for one in self.told if one["data"]["visitor_id"] == visitor]
-
-
 @pytest.fixture
 def hook() -> Iterator[Hook]:
-    found, lock = Hook(), threading.Lock()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:  # noqa: N802 - the library's name
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            with lock:
-                try:
-                    event = Webhook(SECRET).verify(body, dict(self.headers.items()))
-                except WebhookVerificationError:
-                    found.forged += 1
-                    event = {"data": {"visitor_id": ""}}
-                visitor = event["data"]["visitor_id"]
-                found.attempts[str(visitor)] += 1
-                status = found.answers.get(str(visitor), 204)
-                if status == 204:
-                    found.told.append(event)
-                    found.ids.append(str(self.headers["webhook-id"]))
-            self.send_response(status)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    found.port = server.server_port
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield found
-    server.shutdown()
-    server.server_close()
+    with hooked() as found:
+        yield found
 
 
 @dataclass

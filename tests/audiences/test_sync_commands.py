@@ -1,0 +1,203 @@
+"""The commands `audiences sync` and `audiences triggers`, over a real feature cache."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+
+from audiences import ledger as ledgers
+from cli import main as command_line
+from service import identity
+from service.embedded import EmbeddedServer
+from tests.audiences.hooks import hooked
+from tests.audiences.kills import AUDIENCES, MODEL, Visitor, World
+from tests.audiences.receiving import SECRET, Receiving
+
+
+class Done(NamedTuple):
+    """How a command ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def run(
+    embedded_server: EmbeddedServer,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    world: World,
+) -> Run:
+    """Runs `propensity audiences ...` in a directory of its own, with the cache that the world is in."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PROPENSITY_REDIS_URL", embedded_server.url)
+    monkeypatch.setenv("PROPENSITY_NAMESPACE", world.store.namespace)
+    monkeypatch.setenv("HOOK", SECRET)
+
+    def call(*arguments: str) -> Done:
+        monkeypatch.setattr(sys, "argv", ["propensity", "audiences", *arguments])
+        try:
+            command_line.main()
+            status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
+        return Done(status, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def world(embedded_server: EmbeddedServer, request: pytest.FixtureRequest) -> Iterator[World]:
+    """Visitors in a namespace of their own."""
+    found = World(embedded_server.url, 12, random.Random(3), namespace=f"t{zlib.crc32(request.node.name.encode())}")
+    yield found
+    found.close()
+
+
+def destinations(path: Path, **given: dict[str, Any]) -> None:
+    (path / "destinations.yaml").write_text(yaml.safe_dump({"destinations": given}))
+
+
+def lists(url: str = "lists") -> dict[str, Any]:
+    fields = ["segment", "model"]
+    return {"kind": "files", "url": url, "purpose": "ads", "format": "ndjson", "fields": fields, "changes": False}
+
+
+def rows(path: Path) -> dict[str, dict[str, Any]]:
+    return {row["key"]: row for row in map(json.loads, path.read_text().splitlines())}
+
+
+def test_a_list_goes_from_the_feature_cache_into_a_file(run: Run, world: World, tmp_path: Path) -> None:
+    destinations(tmp_path, ours=lists())
+    assert run("sync", "--to", "ours", "--dry-run", "--json").status == 0
+    assert not (tmp_path / "lists").exists()
+    done = run("sync", "--to", "ours", "--json")
+    assert (done.status, done.err) == (0, "")
+    should = world.lists()
+    for counts in json.loads(done.out):
+        assert counts["added"] == counts["wanted"] == len(should[counts["audience"]]) > 0
+    for audience in AUDIENCES:
+        found = rows(tmp_path / "lists" / f"{audience}.ndjson")
+        assert set(found) == set(should[audience])
+        for key, row in found.items():
+            assert row["google.email"] == should[audience][key]["identifiers"]["google.email"]
+            assert (row["segment"], row["model"]) == (should[audience][key]["fields"]["segment"], MODEL)
+    table = run("sync", "first", "--to", "ours")
+    assert (table.status, "ours: what was sent" in table.out) == (0, True)
+
+
+def test_who_is_erased_or_withdraws_is_gone_from_everything_after_the_next_run(
+    run: Run, world: World, tmp_path: Path
+) -> None:
+    destinations(tmp_path, ours=lists())
+    url = f"sqlite:///{tmp_path / 'ledger.db'}"
+    assert run("sync", "--to", "ours", "--ledger", url).status == 0
+    erased, withdrawn = [one for one in world.visitors if one.allowed and one.audiences == set(AUDIENCES)][:2]
+    world.runner.run(world.store.erase(erased.name))
+    withdrawn.allowed = False
+    world.write(withdrawn)
+    done = run("sync", "--to", "ours", "--ledger", url, "--json")
+    assert [one["why"] for one in json.loads(done.out)] == [{"remove: consent": 1, "remove: erased": 1}] * 2
+    for audience in AUDIENCES:
+        assert not {erased.key, withdrawn.key} & set(rows(tmp_path / "lists" / f"{audience}.ndjson"))
+    with ledgers.opened(url) as ledger, ledger.reading.connect() as connection:
+        text = "".join(
+            str(row) for table in ledgers._tables.sorted_tables for row in connection.execute(table.select())
+        )
+    assert hash_of(erased) not in text
+    assert hash_of(withdrawn) not in text
+
+
+def hash_of(one: Visitor) -> str:
+    return identity.hashed("google.email", one.email)
+
+
+def test_exit_codes_tell_refusals_other_runs_and_mistakes(run: Run, world: World, tmp_path: Path) -> None:
+    with Receiving() as receiver:
+        webhook = {"kind": "webhook", "url": receiver.url, "secret": "${HOOK}", "purpose": "ads", "members": 50}
+        destinations(tmp_path, ours=webhook)
+        while not any(key.startswith("f") for key in world.lists()["first"]):
+            one = world.new()
+            one.allowed, one.audiences = True, {"first"}
+            world.visitors.append(one)
+            world.write(one)
+        url = f"sqlite:///{tmp_path / 'ledger.db'}"
+        assert run("sync", "--to", "ours", "--ledger", url).status == 1
+        with ledgers.opened(url) as ledger:
+            assert ledger.take("ours", "elsewhere/1/77/x", time.time_ns() // 10**6, 60_000) is None
+        held = run("sync", "--to", "ours", "--ledger", url)
+        assert held.status == 3
+        assert held.err.startswith("propensity: process 77 of elsewhere is synchronising ours; wait for it with --wait")
+    for arguments, said in [
+        (("sync", "--to", "theirs"), "destinations.yaml: no destination 'theirs'; it has ours"),
+        (("sync", "third", "--to", "ours"), "no audience 'third'; there is first, second"),
+        (("sync", "--to", "ours", "--ledger", "mysql://x"), "the ledger's address is neither SQLite nor PostgreSQL"),
+        (("sync", "--to", "ours", "--destinations", "none.yaml"), "none.yaml: No such file or directory; name the"),
+        (("triggers", "run"), "destinations.yaml: no triggers; write triggers: NAME:"),
+    ]:
+        done = run(*arguments)
+        assert (done.status, done.out) == (2, "")
+        assert done.err.startswith(f"propensity: {said}")
+
+
+def test_a_ledger_that_does_not_answer_is_told_in_one_line_without_its_password(run: Run, tmp_path: Path) -> None:
+    destinations(tmp_path, ours=lists())
+    done = run("sync", "--to", "ours", "--ledger", "postgresql://me:hidden@127.0.0.1:1/none")
+    assert done.status == 2
+    assert done.err.startswith("propensity: the ledger postgresql://me:***@127.0.0.1:1/none failed: ")
+    assert done.err.count("\n") == 1
+    assert "hidden" not in done.err
+
+
+def test_moves_are_told_by_triggers_and_the_dead_are_listed_and_replayed(
+    run: Run, world: World, tmp_path: Path
+) -> None:
+    with hooked() as hook:
+        sales = {"url": hook.url, "secret": "${HOOK}", "start": "kept", "attempts": 1, "events": ["segment_entered"]}
+        (tmp_path / "destinations.yaml").write_text(yaml.safe_dump({"triggers": {"sales": sales}}))
+        unlucky = world.visitors[0]
+        hook.answers[unlucky.name] = 500
+        done = run("triggers", "run")
+        assert (done.status, done.out) == (1, "")
+        assert "sales: 12 events taken, 11 delivered, 1 attempts failed, 1 died" in done.err
+        assert {one["data"]["visitor_id"] for one in hook.told} == {one.name for one in world.visitors[1:]}
+        [dead] = json.loads(run("triggers", "dead", "--json").out)
+        assert dead["body"]["data"]["visitor_id"] == unlucky.name
+        assert "answers 500: Internal Server Error" in run("triggers", "dead").out
+        assert run("triggers", "replay", "--event", "evt_none").status == 2
+        hook.answers.clear()
+        assert "1 events wait again" in run("triggers", "replay").err
+        assert run("triggers", "run").status == 0
+        assert hook.of(unlucky.name) == [unlucky.segment]
+        assert len(set(hook.ids)) == len(hook.ids) == 12
+
+
+def test_erased_visitors_are_told_of_by_key_alone(run: Run, world: World, tmp_path: Path) -> None:
+    with hooked() as hook:
+        moves = {"url": hook.url, "secret": "${HOOK}", "events": ["audience_left"]}
+        (tmp_path / "destinations.yaml").write_text(yaml.safe_dump({"triggers": {"moves": moves}}))
+        assert run("triggers", "run").status == 0
+        erased = next(one for one in world.visitors if one.audiences == {"first"})
+        world.runner.run(world.store.erase(erased.name))
+        assert run("triggers", "run").status == 0
+        [event] = hook.told
+        assert event["data"] == {
+            "visitor_id": None,
+            "visitor_key": erased.key,
+            "audience": "first",
+            "why": "erased",
+        }
