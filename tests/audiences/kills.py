@@ -212,6 +212,8 @@ class Proof:
                 self.kills += 1
                 break
             self.compare()
+        if self.dice.random() < 0.5:  # whoever was in the batch that was cut off may be another by now
+            self.world.change(0.2)
         while self.dice.random() < 0.2:  # sometimes what resumes is killed too
             self.look(self.run(kill_after=self.dice.randrange(4)))
         self.look(self.run())
@@ -244,6 +246,9 @@ class Proof:
         requests = report["requests"][self.read :]
         self.read = len(report["requests"])
         should = self.world.lists()
+        for own, key in list(self.last):  # who was refused and is not wanted is forgotten, and may come again
+            if key.startswith("f") and key not in should[own]:
+                del self.last[own, key]
         for place, request in enumerate(requests):
             settled = not request["fault"] and not (killed and place == len(requests) - 1)
             audience, added = request["audience"], request["added"]

@@ -380,12 +380,10 @@ def test_killed_before_and_after_every_request_and_every_commit_the_next_run_end
     with ledgers.opened(f"sqlite:///{tmp_path / 'ledger.db'}") as ledger:
         platform, people = Memory(), People()
         for step in range(60):
-            for name in range(8):
-                one = Somebody(f"v{name}", f"v{dice.randrange(3)}@{name}.example", dice.random() < 0.7)
-                people.want("vip", replace(one, segment=dice.choice(("champions", "nurture"))))
-                if dice.random() < 0.2:
-                    del people.lists["vip"][f"v{name}"]
+            change(people, dice)
             kills += kill_somewhere(ledger, platform, people, dice)
+            if dice.random() < 0.7:
+                change(people, dice)
             run(ledger, platform, people)
             allowed = [one for one in people.lists["vip"].values() if one.allowed]
             should = {
@@ -398,6 +396,15 @@ def test_killed_before_and_after_every_request_and_every_commit_the_next_run_end
     assert kills["before a request"] > 8
     assert kills["after a request"] > 8
     assert kills["at a commit"] > 8
+
+
+def change(people: People, dice: random.Random) -> None:
+    """Let everybody be somebody else, and some be no member."""
+    for name in range(8):
+        one = Somebody(f"v{name}", f"v{dice.randrange(3)}@{name}.example", dice.random() < 0.7)
+        people.want("vip", replace(one, segment=dice.choice(("champions", "nurture"))))
+        if dice.random() < 0.2:
+            del people.lists["vip"][f"v{name}"]
 
 
 def kill_somewhere(ledger: Ledger, platform: Memory, people: People, dice: random.Random) -> Counter[str]:
