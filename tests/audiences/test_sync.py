@@ -398,6 +398,36 @@ def test_killed_before_and_after_every_request_and_every_commit_the_next_run_end
     assert kills["at a commit"] > 8
 
 
+def test_who_is_as_before_again_after_a_kill_is_sent_since_the_platform_may_have_the_change(
+    ledger: Ledger, platform: Memory, people: People
+) -> None:
+    run(ledger, platform, people)
+    people.want("vip", replace(ANNA, segment="champions"))
+    platform.late = [Killed()]
+    with pytest.raises(Killed):
+        run(ledger, platform, people)
+    platform.late = []
+    people.want("vip", ANNA)
+    assert run(ledger, platform, people).why == {"add: unknown": 1}
+    assert set(platform.lists["list of vip"].values()) == {ANNA.segment}
+
+
+def test_who_withdraws_after_a_kill_is_not_sent_again_and_taken_back(
+    ledger: Ledger, platform: Memory, people: People
+) -> None:
+    platform.late = [Killed()]
+    with pytest.raises(Killed):
+        run(ledger, platform, people)
+    platform.late = []
+    open_ = {bytes(row.key).hex() for row in members(ledger)}
+    assert len(open_) == 2
+    people.want("vip", *(replace(one, allowed=False) for one in (ANNA, BERT, CARL) if key_of(one.name) in open_))
+    platform.requests.clear()
+    run(ledger, platform, people)
+    assert sorted(platform.sent)[1:] == sorted(f"remove {key}" for key in open_)
+    assert len(platform.lists["list of vip"]) == 2
+
+
 def change(people: People, dice: random.Random) -> None:
     """Let everybody be somebody else, and some be no member."""
     for name in range(8):
