@@ -15,6 +15,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Final, NoReturn
@@ -40,8 +41,9 @@ class Forked:
         return self.returncode
 
     def kill(self) -> None:
-        """kill -9."""
-        os.kill(self.pid, signal.SIGKILL)
+        """kill -9, unless it has just ended."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
 
     def wait(self, timeout: float) -> str:
         """What it wrote, once it has ended."""
