@@ -30,8 +30,8 @@ class Everything:
     name = "everything"
     purpose = Purpose.ADS
     limits = Limits(10_000, 10**9, 60)
-    forms = ("google.email", "google.phone")
-    fields = ("segment",)
+    forms: tuple[str, ...] = ("google.email", "google.phone")
+    fields: tuple[str, ...] = ("segment",)
 
     def open(self, audience: str) -> str:
         """The list is called like the audience."""

@@ -7,7 +7,6 @@ import datetime
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -210,20 +209,20 @@ def test_no_audience_reaches_a_file_elsewhere(tmp_path: Path) -> None:
         whole(str(tmp_path)).open("../vip")
 
 
-def test_a_synchronised_file_has_who_is_wanted_and_is_written_after_a_kill_too(tmp_path: Path) -> None:
+def test_a_synchronised_file_has_who_is_wanted_and_is_written_after_a_kill_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     people = People(to=("out",))
     people.want("vip", *(Somebody(f"v{number}", allowed=number != 3) for number in range(7)))
     out = whole(str(tmp_path / "lists"), format="ndjson")
-    write: Callable[..., None] = out.write
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
     with ledgers.opened(f"sqlite:///{tmp_path / 'ledger.db'}") as ledger:
-        out.write = killed  # type: ignore[method-assign]
-        with pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(out, "write", killed)
             sync.run(ledger, out, people, registry.Sending())
-        out.write = write  # type: ignore[method-assign]
         [counts] = sync.run(ledger, out, people, registry.Sending())
         assert counts.added == 0
         rows = _ndjson(tmp_path / "lists" / "vip.ndjson")
