@@ -426,10 +426,10 @@ def postgres_url() -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture
 def ledger_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The address of an empty ledger, of each kind."""
-    if request.param == "sqlite":
+    """The address of an empty ledger: SQLite, or with the mark `postgres.both` each kind."""
+    if getattr(request, "param", "sqlite") == "sqlite":
         return f"sqlite:///{tmp_path / 'ledger.db'}"
     from tests.audiences.postgres import emptied
 
@@ -438,7 +438,7 @@ def ledger_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def ledger(ledger_url: str) -> Iterator[Ledger]:
-    """An empty ledger, of each kind."""
+    """An empty ledger."""
     from audiences import ledger as ledgers
 
     with ledgers.opened(ledger_url) as opened:

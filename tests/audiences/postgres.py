@@ -18,6 +18,8 @@ import pytest
 
 from tests.conftest import free_port
 
+both = pytest.mark.parametrize("ledger_url", ["sqlite", "postgresql"], indirect=True)
+
 
 def _programs() -> Path:
     """Where initdb and postgres are; Debian has them beside the PATH."""

@@ -16,6 +16,7 @@ from audiences.ledger import Ledger
 from audiences.triggers import Event, Options, Read, Told, Trigger
 from tests.audiences.hooks import Hook, hooked
 from tests.audiences.people import key_of
+from tests.audiences.postgres import both
 from tests.audiences.receiving import SECRET
 
 START = 1_790_000_000_000
@@ -87,6 +88,7 @@ def options(hook: Hook, **given: object) -> Options:
     return Options.model_validate({"url": hook.url, "secret": SecretStr(SECRET), **usual, **given})
 
 
+@both
 def test_every_event_is_told_once_and_signed_and_in_order_for_each_visitor(bench: Bench, hook: Hook) -> None:
     for segment in ("nurture", "warm_prospects", "champions"):
         for visitor in range(10):
@@ -100,6 +102,7 @@ def test_every_event_is_told_once_and_signed_and_in_order_for_each_visitor(bench
     assert len(hook.told) == 30
 
 
+@both
 def test_one_that_fails_blocks_its_visitor_and_nobody_else(bench: Bench, hook: Hook) -> None:
     bench.log.move("anna", "nurture", "champions")
     bench.log.move("bert", "nurture", "champions")
@@ -114,6 +117,7 @@ def test_one_that_fails_blocks_its_visitor_and_nobody_else(bench: Bench, hook: H
     assert hook.of("anna") == ["nurture", "champions"]
 
 
+@both
 def test_after_its_attempts_an_event_is_dead_and_can_be_replayed(bench: Bench, hook: Hook) -> None:
     bench.log.move("anna", "nurture", "champions")
     hook.answers["anna"] = 500
@@ -203,6 +207,7 @@ def test_what_was_not_kept_until_it_was_read_is_said(bench: Bench) -> None:
     assert (told.taken, told.lost, told.complete) == (1, 1, False)
 
 
+@both
 def test_a_trigger_that_is_held_elsewhere_writes_nothing(bench: Bench) -> None:
     bench.log.move("anna", "nurture")
     bench.trigger.let_go()
