@@ -1,0 +1,510 @@
+"""Owns the destination Google Ads: audiences as Customer Match lists, uploaded in jobs by the official client.
+
+Google takes a batch as a job and works it off later, within minutes or a day. So an outcome says that the job has the
+member, and names the job; `review` asks what became of jobs that were still under way.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, Final, NamedTuple, Self
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from audiences.destinations import options as base
+from audiences.destinations.options import Secret
+from audiences.destinations.protocol import Busy, DestinationError, Limits, Outcome, Person, Purpose, Rejected
+from service.core.errors import PropensityError
+
+VERSION: Final = "v26"  # of the API; each lives for about a year, and the client has the modules of four
+SCOPE: Final = "https://www.googleapis.com/auth/adwords"
+MEMBERS: Final = 10_000  # a request
+IDENTIFIERS_OF_A_REQUEST: Final = 10_000  # recommended by Google's support; more than 100,000 are refused
+IDENTIFIERS_OF_AN_OPERATION: Final = 20
+REQUESTS_A_MINUTE: Final = 300
+REQUESTS_OF_A_BATCH: Final = 10  # a job is made, filled in one to seven requests, and run; and one look at other jobs
+LONGEST_STAY_DAYS: Final = 540
+FIELDS: Final = {"google.email": "hashed_email", "google.phone": "hashed_phone_number"}  # of UserIdentifier
+BUSY: Final = {"UNAVAILABLE", "RESOURCE_EXHAUSTED", "INTERNAL", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "UNKNOWN"}
+PASSING: Final = {  # errors that pass by themselves, whatever status they come with
+    "database_error": {"CONCURRENT_MODIFICATION"},
+    "internal_error": {"INTERNAL_ERROR", "TRANSIENT_ERROR", "DEADLINE_EXCEEDED"},
+    "quota_error": {
+        "RESOURCE_EXHAUSTED",
+        "RESOURCE_TEMPORARILY_EXHAUSTED",
+        "EXCESSIVE_SHORT_TERM_QUERY_RESOURCE_CONSUMPTION",
+        "EXCESSIVE_LONG_TERM_QUERY_RESOURCE_CONSUMPTION",
+    },
+}
+JOB: Final = re.compile(r"job (\d+): ([A-Z]+)")
+HASH: Final = re.compile(r"[0-9a-f]{64}")
+
+
+def _digits(value: object) -> object:
+    text = str(value).replace("-", "")
+    if not re.fullmatch(r"\d{10}", text):
+        raise ValueError("write the ten digits that Google Ads shows for the account, as 123-456-7890")
+    return text
+
+
+def _private(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in {"127.0.0.1", "localhost"}):
+        raise ValueError("write an address that begins with https://")
+    return url
+
+
+Account = Annotated[str, BeforeValidator(_digits)]
+
+
+class Options(base.Options):
+    """Which account, on whose behalf, and how lists are made."""
+
+    customer_id: Account = Field(description="The account that owns the lists.")
+    developer_token: Secret = Field(description="Of the API centre of the manager account.")
+    login_customer_id: Account | None = Field(None, description="The manager account, where access goes through one.")
+    client_id: str | None = Field(None, description="Of the OAuth client, with `client_secret` and `refresh_token`.")
+    client_secret: Secret | None = Field(None, description="Of the OAuth client.")
+    refresh_token: Secret | None = Field(None, description="Of the user who let the OAuth client in.")
+    key_file: Path | None = Field(
+        None, description="Key of a service account; without it and OAuth, Google's application default credentials."
+    )
+    prefix: str = Field("Propensity ", description="Put before the name of an audience to name its list.")
+    membership_days: int = Field(
+        LONGEST_STAY_DAYS, ge=1, le=LONGEST_STAY_DAYS, description="Days a member stays after it was added last."
+    )
+    wait_s: float = Field(0, ge=0, le=3600, description="Seconds to wait for the end of each job.")
+    timeout_s: float = Field(60, gt=0, le=600, description="Seconds that one request may take.")
+    endpoint: str = Field("googleads.googleapis.com", description="Host of the API; another one only for tests.")
+    token_url: Annotated[str, AfterValidator(_private)] = Field(
+        "https://oauth2.googleapis.com/token", description="Where OAuth refreshes; another one only for tests."
+    )
+
+    @model_validator(mode="after")
+    def _one_identity(self) -> Self:
+        given = [value is not None for value in (self.client_id, self.client_secret, self.refresh_token)]
+        if any(given) and not all(given):
+            raise ValueError("write client_id, client_secret and refresh_token together")
+        if any(given) and self.key_file:
+            raise ValueError("write either key_file or client_id, client_secret and refresh_token")
+        return self
+
+
+class Upload(NamedTuple):
+    """One operation of a job: identifiers of one person, as (field, hash)."""
+
+    place: int  # of the person in the batch
+    identifiers: Sequence[tuple[str, str]]
+
+
+class Job(NamedTuple):
+    """A job of Google's as it stands: the identifier, its list, our mark on it, and how far it is."""
+
+    number: int
+    list_id: str
+    mark: int
+    status: str
+    reason: str
+
+    @property
+    def outcome(self) -> Outcome:
+        why = f" {self.reason}" if self.status == "FAILED" and self.reason not in {"", "UNSPECIFIED"} else ""
+        return Outcome(self.status != "FAILED", f"job {self.number}: {self.status}{why}")
+
+
+def build(name: str, options: Options) -> GoogleAds:
+    """The destination. Raises PropensityError where the extra is missing or there are no credentials."""
+    try:
+        from google.ads.googleads.client import GoogleAdsClient
+    except ModuleNotFoundError as error:
+        raise PropensityError(
+            f"{name}: the kind google-ads needs {error.name}, which is not installed; "
+            "install it with pip install 'propensity[google-ads]'"
+        ) from None
+    # The client copies every request to mask it, even where nobody logs, and would log identifiers at INFO.
+    logging.getLogger("google.ads.googleads.client").setLevel(logging.CRITICAL)
+    credentials = _credentials(name, options)
+    client = GoogleAdsClient(
+        credentials=credentials,
+        developer_token=options.developer_token.get_secret_value(),
+        endpoint=options.endpoint,
+        login_customer_id=options.login_customer_id,
+        version=VERSION,
+        use_proto_plus=False,
+    )
+    return GoogleAds(name, options, client, credentials)
+
+
+def _credentials(name: str, options: Options) -> Any:
+    import google.auth
+    from google.auth.exceptions import GoogleAuthError
+    from google.oauth2 import credentials, service_account
+
+    if options.client_id and options.client_secret and options.refresh_token:
+        return credentials.Credentials(
+            token=None,
+            refresh_token=options.refresh_token.get_secret_value(),
+            token_uri=options.token_url,
+            client_id=options.client_id,
+            client_secret=options.client_secret.get_secret_value(),
+            scopes=[SCOPE],
+        )
+    try:
+        if options.key_file:
+            return service_account.Credentials.from_service_account_file(str(options.key_file), scopes=[SCOPE])
+        return google.auth.default(scopes=[SCOPE])[0]
+    except OSError as error:
+        raise PropensityError(f"{name}: key_file: {options.key_file}: {error.strerror}") from None
+    except (GoogleAuthError, ValueError):
+        raise PropensityError(
+            f"{name}: no credentials for Google Ads; write client_id, client_secret and refresh_token, "
+            "or key_file, the key of a service account as Google gave it"
+        ) from None
+
+
+class GoogleAds:
+    """Customer Match lists of one account."""
+
+    purpose = Purpose.ADS
+    limits = Limits(MEMBERS, REQUESTS_A_MINUTE // REQUESTS_OF_A_BATCH, 60.0)
+    forms: tuple[str, ...] = tuple(FIELDS)
+    fields: tuple[str, ...] = ()
+
+    def __init__(self, name: str, options: Options, client: Any, credentials: Any) -> None:
+        self.name = name
+        self.membership_s = options.membership_days * 86_400.0  # who is not added again by then is a member no more
+        self._options = options
+        self._client = client
+        self._credentials = credentials
+        self._services: dict[str, Any] = {}
+        self._jobs: dict[str, set[int]] = {}  # by list: made since it was opened
+        self._clear: set[tuple[str, bool]] = set()  # lists and directions that no job from before can overtake
+
+    # --- the protocol ---
+
+    def open(self, audience: str) -> str:
+        """The resource name of the list called prefix + audience."""
+        name = self._options.prefix + audience
+        list_id = self._found(name) or self._made(name)
+        self._jobs[list_id] = set()
+        self._clear -= {(list_id, False), (list_id, True)}
+        return list_id
+
+    def add(self, list_id: str, people: Sequence[Person], batch: str) -> Sequence[Outcome]:
+        """Upload people in a job of their own, with their consent to both uses that Google asks about."""
+        return self._upload(list_id, people, removing=False)
+
+    def remove(self, list_id: str, people: Sequence[Person], batch: str) -> Sequence[Outcome]:
+        """Take the identifiers of people off the list in a job of their own."""
+        return self._upload(list_id, people, removing=True)
+
+    def review(self, answers: Sequence[str]) -> Sequence[Outcome | None]:
+        """What became of answers that named a job under way, in their order; None where that is not known yet."""
+        numbers = {int(match[1]) for answer in answers if (match := JOB.match(answer))}
+        jobs: dict[int, Job] = {}
+        remaining = iter(sorted(numbers))
+        while part := list(islice(remaining, 1000)):
+            listed = ", ".join(map(str, part))
+            jobs |= {job.number: job for job in self._jobs_where(f"offline_user_data_job.id IN ({listed})")}
+        found = [jobs.get(int(match[1])) if (match := JOB.match(answer)) else None for answer in answers]
+        return [job.outcome if job and job.status in {"SUCCESS", "FAILED"} else None for job in found]
+
+    # --- lists ---
+
+    def _found(self, name: str) -> str | None:
+        quoted = name.replace("\\", "\\\\").replace("'", "\\'")
+        rows = self._search(
+            "SELECT user_list.resource_name, user_list.type, user_list.read_only, user_list.membership_status, "
+            "user_list.crm_based_user_list.upload_key_type FROM user_list "
+            f"WHERE user_list.name = '{quoted}'"
+        )
+        lists = [row.user_list for row in rows if not row.user_list.read_only]
+        if not lists:
+            return None
+        enums = self._client.enums
+        for one in lists:
+            is_contacts = one.type_ == enums.UserListTypeEnum.CRM_BASED and (
+                one.crm_based_user_list.upload_key_type == enums.CustomerMatchUploadKeyTypeEnum.CONTACT_INFO
+            )
+            if is_contacts and one.membership_status == enums.UserListMembershipStatusEnum.OPEN:
+                return str(one.resource_name)
+        raise Rejected(
+            f"Google Ads has a list {name!r} that takes no e-mail addresses and phone numbers, or is closed; "
+            "rename it or open it in Google Ads, or set another prefix"
+        )
+
+    def _made(self, name: str) -> str:
+        request = self._client.get_type("MutateUserListsRequest")
+        request.customer_id = self._options.customer_id
+        made = request.operations.add().create
+        made.name = name
+        made.description = "Kept in step by Propensity; changes made by hand are overwritten."
+        made.membership_life_span = self._options.membership_days
+        made.crm_based_user_list.upload_key_type = self._client.enums.CustomerMatchUploadKeyTypeEnum.CONTACT_INFO
+        try:
+            response = self._call("UserListService", "mutate_user_lists", request)
+        except Rejected:
+            # Another synchronisation may have made it meanwhile: names are unique in an account.
+            if found := self._found(name):
+                return found
+            raise
+        return str(response.results[0].resource_name)
+
+    # --- members ---
+
+    def _upload(self, list_id: str, people: Sequence[Person], *, removing: bool) -> list[Outcome]:
+        uploads, refused = _uploads(people)
+        if not uploads:
+            return [refused[place] for place in range(len(people))]
+        self._let_opposite_jobs_finish(list_id, removing)
+        job = self._new_job(list_id, removing)
+        for part in _requests(uploads):
+            for place, answer in self._fill(job, part, removing).items():
+                refused[part[place].place] = Outcome(False, answer)
+        if {upload.place for upload in uploads} <= set(refused):
+            return [refused[place] for place in range(len(people))]
+        request = self._client.get_type("RunOfflineUserDataJobRequest")
+        request.resource_name = job
+        self._call("OfflineUserDataJobService", "run_offline_user_data_job", request)
+        outcome = self._end_of(int(job.rpartition("/")[2])).outcome
+        return [refused.get(place, outcome) for place in range(len(people))]
+
+    def _let_opposite_jobs_finish(self, list_id: str, removing: bool) -> None:
+        """Jobs may be worked off side by side, so that an older one could undo what this one does."""
+        if (list_id, removing) in self._clear:
+            return
+        ours = self._jobs.get(list_id, set())
+        running = [
+            job.number
+            for job in self._jobs_where("offline_user_data_job.status = 'RUNNING'")
+            if job.list_id == list_id and job.mark and job.mark % 2 != removing and job.number not in ours
+        ]
+        if running:
+            raise Busy(
+                f"Google Ads still works off {'additions' if removing else 'removals'} of an earlier synchronisation, "
+                f"in job {', '.join(map(str, running))}; it takes minutes, or a day at most",
+                60.0,
+            )
+        self._clear.add((list_id, removing))
+
+    def _new_job(self, list_id: str, removing: bool) -> str:
+        enums = self._client.enums
+        request = self._client.get_type("CreateOfflineUserDataJobRequest")
+        request.customer_id = self._options.customer_id
+        request.job.type_ = enums.OfflineUserDataJobTypeEnum.CUSTOMER_MATCH_USER_LIST
+        request.job.external_id = secrets.randbits(61) * 2 + 2 + removing  # our mark: odd where it removes
+        metadata = request.job.customer_match_user_list_metadata
+        metadata.user_list = list_id
+        if not removing:  # who is removed may have agreed to nothing
+            metadata.consent.ad_user_data = enums.ConsentStatusEnum.GRANTED
+            metadata.consent.ad_personalization = enums.ConsentStatusEnum.GRANTED
+        response = self._call("OfflineUserDataJobService", "create_offline_user_data_job", request)
+        self._jobs.setdefault(list_id, set()).add(int(response.resource_name.rpartition("/")[2]))
+        return str(response.resource_name)
+
+    def _fill(self, job: str, uploads: Sequence[Upload], removing: bool) -> dict[int, str]:
+        """Give operations to a job; what it did not take, by place."""
+        request = self._client.get_type("AddOfflineUserDataJobOperationsRequest")
+        request.resource_name = job
+        request.enable_partial_failure = True
+        for upload in uploads:
+            operation = request.operations.add()
+            data = operation.remove if removing else operation.create
+            for field, value in upload.identifiers:
+                setattr(data.user_identifiers.add(), field, value)
+        response = self._call("OfflineUserDataJobService", "add_offline_user_data_job_operations", request)
+        return self._partial_failures(response.partial_failure_error, len(uploads))
+
+    def _partial_failures(self, status: Any, count: int) -> dict[int, str]:
+        found: dict[int, str] = {}
+        for detail in status.details:
+            failure = self._client.get_type("GoogleAdsFailure")
+            if not detail.Unpack(failure):
+                continue
+            for error in failure.errors:
+                if _passes(error):
+                    raise Busy(f"Google Ads: {_words(error)}", _delay_s([error]))
+                path = error.location.field_path_elements
+                where = [element.index for element in path if element.field_name == "operations"]
+                places = where[:1] or range(count)  # an error without a place is everybody's
+                found |= {place: _words(error) for place in places if place not in found}
+        if status.code and not found:
+            found = dict.fromkeys(range(count), f"{status.message[:200]}")
+        return found
+
+    # --- jobs ---
+
+    def _end_of(self, number: int) -> Job:
+        """The job when it ended, or as it stands when the time to wait is over."""
+        started = time.monotonic()
+        pause_s = 1.0
+        job = Job(number, "", 0, "RUNNING", "")
+        while (left_s := self._options.wait_s - (time.monotonic() - started)) > 0:
+            time.sleep(min(pause_s, left_s))
+            pause_s = min(2 * pause_s, 60.0)
+            job = next(iter(self._jobs_where(f"offline_user_data_job.id = {number}")), job)
+            if job.status in {"SUCCESS", "FAILED"}:
+                break
+        return job
+
+    def _jobs_where(self, condition: str) -> list[Job]:
+        rows = self._search(
+            "SELECT offline_user_data_job.id, offline_user_data_job.external_id, offline_user_data_job.status, "
+            "offline_user_data_job.failure_reason, "
+            "offline_user_data_job.customer_match_user_list_metadata.user_list "
+            f"FROM offline_user_data_job WHERE {condition}"
+        )
+        jobs = [row.offline_user_data_job for row in rows]
+        return [
+            Job(
+                job.id,
+                job.customer_match_user_list_metadata.user_list,
+                job.external_id,
+                _name_of(job, "status"),
+                _name_of(job, "failure_reason"),
+            )
+            for job in jobs
+        ]
+
+    # --- requests ---
+
+    def _search(self, query: str) -> list[Any]:
+        request = self._client.get_type("SearchGoogleAdsRequest")
+        request.customer_id = self._options.customer_id
+        request.query = query
+        with _told():
+            return list(self._call("GoogleAdsService", "search", request))  # asks for further pages itself
+
+    def _call(self, service: str, method: str, request: Any) -> Any:
+        """One request, which is not tried again here: left to itself the client would go on for hours."""
+        with _told():
+            self._refresh()
+            if service not in self._services:
+                self._services[service] = self._client.get_service(service)
+            return getattr(self._services[service], method)(
+                request=request, retry=None, timeout=self._options.timeout_s
+            )
+
+    def _refresh(self) -> None:
+        """Inside a request of gRPC a refused refresh could not be told from a broken network."""
+        from google.auth.transport.requests import Request
+
+        if not self._credentials.valid:
+            self._credentials.refresh(partial(Request(), timeout=self._options.timeout_s))
+
+
+def _uploads(people: Sequence[Person]) -> tuple[list[Upload], dict[int, Outcome]]:
+    """Operations for people, and the outcome of whom there is nothing to send of, by place."""
+    uploads: list[Upload] = []
+    refused: dict[int, Outcome] = {}
+    for place, person in enumerate(people):
+        identifiers = [(FIELDS[form], value) for form in FIELDS for value in person.identifiers.get(form, ())]
+        if not identifiers:
+            refused[place] = Outcome(False, f"not sent: has neither {' nor '.join(FIELDS)}")
+        elif not all(HASH.fullmatch(value) for _, value in identifiers):
+            refused[place] = Outcome(False, "not sent: an identifier is not 64 lower-case hex digits of SHA-256")
+        else:
+            for start in range(0, len(identifiers), IDENTIFIERS_OF_AN_OPERATION):
+                uploads.append(Upload(place, identifiers[start : start + IDENTIFIERS_OF_AN_OPERATION]))
+    return uploads, refused
+
+
+def _requests(uploads: Sequence[Upload]) -> Iterator[list[Upload]]:
+    part: list[Upload] = []
+    count = 0
+    for upload in uploads:
+        if count + len(upload.identifiers) > IDENTIFIERS_OF_A_REQUEST:
+            yield part
+            part, count = [], 0
+        part.append(upload)
+        count += len(upload.identifiers)
+    if part:
+        yield part
+
+
+# --- errors ---
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Turn what the client raises into what the synchronisation understands, without what was sent."""
+    from google.ads.googleads.errors import GoogleAdsException
+    from google.api_core.exceptions import GoogleAPICallError
+    from google.auth.exceptions import GoogleAuthError, TransportError
+
+    try:
+        yield
+    except GoogleAdsException as error:
+        raise _error(error.error.code().name, _plain(error.failure).errors, error.request_id) from None
+    except GoogleAPICallError as error:
+        code = error.grpc_status_code.name if error.grpc_status_code else "UNKNOWN"
+        trailing = {} if not error.errors else dict(error.errors[0].trailing_metadata() or ())
+        raise _error(code, _failures(trailing), trailing.get("request-id")) from None
+    except TransportError:
+        raise Busy("Google's address for access tokens does not answer") from None
+    except GoogleAuthError as error:
+        words = str(error.args[0])[:200] if error.args else type(error).__name__
+        if error.retryable:
+            raise Busy(f"Google gives no access token just now: {words}") from None
+        raise Rejected(f"Google gives no access token: {words}; renew the refresh token or the key file") from None
+
+
+def _error(code: str, errors: Sequence[Any], request_id: str | None) -> DestinationError:
+    words = "; ".join(_words(error) for error in errors[:3]) or code
+    message = f"Google Ads: {words}" + (f" (request {request_id})" if request_id else "")
+    if (errors and all(_passes(error) for error in errors)) or (code in BUSY and not any(map(_lasts, errors))):
+        return Busy(message, _delay_s(errors))
+    return Rejected(message)
+
+
+def _failures(trailing: dict[str, Any]) -> Sequence[Any]:
+    from google.ads.googleads.v26.errors.types.errors import GoogleAdsFailure
+
+    raw = trailing.get(f"google.ads.googleads.{VERSION}.errors.googleadsfailure-bin")
+    return _plain(GoogleAdsFailure.deserialize(raw)).errors if raw else ()
+
+
+def _plain(message: Any) -> Any:
+    """The protocol buffer inside a message of proto-plus."""
+    return type(message).pb(message) if hasattr(type(message), "pb") else message
+
+
+def _code(error: Any) -> tuple[str, str]:
+    kind = error.error_code.WhichOneof("error_code")
+    return (kind, _name_of(error.error_code, kind)) if kind else ("", "")
+
+
+def _passes(error: Any) -> bool:
+    kind, name = _code(error)
+    return name in PASSING.get(kind, ())
+
+
+def _lasts(error: Any) -> bool:
+    kind, name = _code(error)
+    return bool(kind) and name not in PASSING.get(kind, ())
+
+
+def _words(error: Any) -> str:
+    return f"{_code(error)[1] or 'error'}: {error.message[:200]}"
+
+
+def _delay_s(errors: Sequence[Any]) -> float | None:
+    """The longest wait that the errors ask for."""
+    delays = [error.details.quota_error_details.retry_delay for error in errors]
+    return max((delay.seconds + delay.nanos / 1e9 for delay in delays), default=0.0) or None
+
+
+def _name_of(message: Any, field: str) -> str:
+    """The name of an enumeration's value in a message; the digits of one that this version does not know."""
+    value = getattr(message, field)
+    known = message.DESCRIPTOR.fields_by_name[field].enum_type.values_by_number
+    return str(known[value].name) if value in known else str(value)

@@ -1,0 +1,595 @@
+"""Owns a strict stand-in for Google Ads: gRPC over TLS on loopback, with the package's own messages.
+
+It holds lists, jobs and who is on which list. It answers a broken rule as Google does and writes it down in `broken`;
+the fixture that starts it fails the test that left anything there. A fault is what Google may do of itself.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import ipaddress
+import json
+import re
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Final, NamedTuple, NoReturn
+from urllib.parse import parse_qs
+
+import grpc
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from google.ads.googleads.v26.enums.types.consent_status import ConsentStatusEnum
+from google.ads.googleads.v26.enums.types.customer_match_upload_key_type import CustomerMatchUploadKeyTypeEnum
+from google.ads.googleads.v26.enums.types.offline_user_data_job_failure_reason import (
+    OfflineUserDataJobFailureReasonEnum,
+)
+from google.ads.googleads.v26.enums.types.offline_user_data_job_status import OfflineUserDataJobStatusEnum
+from google.ads.googleads.v26.enums.types.offline_user_data_job_type import OfflineUserDataJobTypeEnum
+from google.ads.googleads.v26.enums.types.user_list_membership_status import UserListMembershipStatusEnum
+from google.ads.googleads.v26.enums.types.user_list_type import UserListTypeEnum
+from google.ads.googleads.v26.errors.types.errors import ErrorLocation, GoogleAdsError, GoogleAdsFailure
+from google.ads.googleads.v26.resources.types.offline_user_data_job import OfflineUserDataJob
+from google.ads.googleads.v26.resources.types.user_list import UserList
+from google.ads.googleads.v26.services.types import (
+    google_ads_service,
+    offline_user_data_job_service,
+    user_list_service,
+)
+from google.longrunning import operations_pb2
+from google.protobuf import any_pb2
+from google.rpc import status_pb2
+
+FAILURE: Final = "google.ads.googleads.v26.errors.googleadsfailure-bin"
+SERVICES: Final = "google.ads.googleads.v26.services"
+MEMBERS: Final = 10_000
+IDENTIFIERS_OF_A_REQUEST: Final = 100_000
+IDENTIFIERS_OF_AN_OPERATION: Final = 20
+HASHED: Final = ("hashed_email", "hashed_phone_number")
+STATUS: Final = OfflineUserDataJobStatusEnum.OfflineUserDataJobStatus
+REASON: Final = OfflineUserDataJobFailureReasonEnum.OfflineUserDataJobFailureReason
+GRANTED: Final = ConsentStatusEnum.ConsentStatus.GRANTED
+DENIED: Final = ConsentStatusEnum.ConsentStatus.DENIED
+RESOURCES: Final[Mapping[str, type[Any]]] = {"user_list": UserList, "offline_user_data_job": OfflineUserDataJob}
+
+Identifier = tuple[str, str]  # the field of UserIdentifier, and the hash
+
+
+class Wrong(Exception):
+    """What is answered in the place of a result."""
+
+    def __init__(self, code: grpc.StatusCode, kind: str, name: str, message: str = "", delay_s: float = 0) -> None:
+        super().__init__(f"{kind}.{name}: {message}")
+        self.code = code
+        self.error = error_of(kind, name, message, delay_s)
+
+
+def error_of(kind: str, name: str, message: str = "", delay_s: float = 0, path: Sequence[Any] = ()) -> GoogleAdsError:
+    error = GoogleAdsError(message=message or name.replace("_", " ").lower())
+    setattr(error.error_code, kind, name)
+    if delay_s:
+        error.details.quota_error_details.retry_delay = dt.timedelta(seconds=delay_s)
+    for step in path:
+        name, index = step if isinstance(step, tuple) else (step, None)
+        element = ErrorLocation.FieldPathElement(field_name=name)
+        if index is not None:
+            element.index = index
+        error.location.field_path_elements.append(element)
+    return error
+
+
+@dataclass
+class Fault:
+    """What the next request to a method gets."""
+
+    method: str
+    code: grpc.StatusCode
+    kind: str | None = None  # none: an error of the network, without words of Google Ads
+    name: str = ""
+    delay_s: float = 0
+    after: bool = False  # the request is carried out, and its answer lost
+    sleep_s: float = 0
+
+
+@dataclass
+class JobState:
+    number: int
+    list_id: str
+    consent: tuple[int, int]
+    external_id: int
+    status: int = STATUS.PENDING
+    reason: int = REASON.UNSPECIFIED
+    removing: bool | None = None
+    operations: list[tuple[bool, list[Identifier]]] = field(default_factory=list)
+
+
+class Certificate(NamedTuple):
+    """One authority and one server, made for this process."""
+
+    authority: bytes
+    chain: bytes
+    key: bytes
+
+
+def certificate() -> Certificate:
+    """A certificate for localhost, and the authority that signed it."""
+    now = dt.datetime.now(dt.UTC)
+
+    def signed(
+        subject: str, key: ec.EllipticCurvePrivateKey, issuer: str, by: ec.EllipticCurvePrivateKey, authority: bool
+    ) -> x509.Certificate:
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)]))
+            .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer)]))
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - dt.timedelta(hours=1))
+            .not_valid_after(now + dt.timedelta(days=1))
+            .add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
+        )
+        if not authority:
+            names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+            builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+        return builder.sign(by, hashes.SHA256())
+
+    root, leaf = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    authority = signed("stub authority", root, "stub authority", root, True)
+    chain = signed("localhost", leaf, "stub authority", root, False)
+    pem = serialization.Encoding.PEM
+    return Certificate(
+        authority.public_bytes(pem),
+        chain.public_bytes(pem),
+        leaf.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()),
+    )
+
+
+class GoogleStub:
+    """One account. Everything that a test may look at or set is an attribute."""
+
+    def __init__(self) -> None:
+        self.customer_id = "1234567890"
+        self.login_customer_id = "9876543210"
+        self.developer_token = "developer-" + secrets.token_hex(8)
+        self.client_id = "client-" + secrets.token_hex(4)
+        self.client_secret = "secret-" + secrets.token_hex(8)
+        self.refresh_token = "refresh-" + secrets.token_hex(8)
+        self.tokens_s: dict[str, float] = {}  # given, and until when they hold
+        self.token_life_s = 3600.0
+        self.broken: list[str] = []
+        self.faults: deque[Fault] = deque()
+        self.calls: list[str] = []
+        self.asked_s: deque[float] = deque()
+        self.requests_a_minute: int | None = 300
+        self.page = 2
+        self.lists: dict[str, UserList] = {}
+        self.members: dict[str, set[Identifier]] = {}
+        self.jobs: dict[str, JobState] = {}
+        self.before: dict[str, Callable[[], Any]] = {}  # what happens once, right before a method is answered
+        self.hold = False  # jobs stay RUNNING until `finish`
+        self.refuse: set[str] = set()  # hashes whose operation fails
+        self.refuse_as = ("offline_user_data_job_error", "MISSING_USER_IDENTIFIER")
+        self.endpoint = ""
+        self.token_url = ""
+        self._lock = threading.RLock()
+
+    # --- what tests do ---
+
+    def list_named(self, name: str) -> str:
+        (found,) = [one.resource_name for one in self.lists.values() if one.name == name]
+        return str(found)
+
+    def finish(self, fail: str | None = None) -> None:
+        """Work off every job that runs; with `fail` each fails, for that reason, having done nothing."""
+        with self._lock:
+            for job in self.jobs.values():
+                if job.status == STATUS.RUNNING:
+                    self._work_off(job, fail)
+
+    def put(self, name: str, **changes: Any) -> str:
+        """A list that is there already."""
+        with self._lock:
+            number = 1000 + len(self.lists)
+            resource = f"customers/{self.customer_id}/userLists/{number}"
+            made = UserList(
+                resource_name=resource,
+                id=number,
+                name=name,
+                type_=UserListTypeEnum.UserListType.CRM_BASED,
+                membership_status=UserListMembershipStatusEnum.UserListMembershipStatus.OPEN,
+                membership_life_span=540,
+                crm_based_user_list={"upload_key_type": "CONTACT_INFO"},
+            )
+            for key, value in changes.items():
+                setattr(made, key, value)
+            self.lists[resource] = made
+            self.members[resource] = set()
+            return resource
+
+    # --- rules ---
+
+    def _break(self, code: grpc.StatusCode, kind: str, name: str, message: str) -> NoReturn:
+        self.broken.append(f"{kind}.{name}: {message}")
+        raise Wrong(code, kind, name, message)
+
+    def _refuse_request(self, kind: str, name: str, message: str) -> NoReturn:
+        self._break(grpc.StatusCode.INVALID_ARGUMENT, kind, name, message)
+
+    def _admit(self, method: str, context: grpc.ServicerContext) -> None:
+        metadata = dict(context.invocation_metadata())
+        token = str(metadata.get("authorization", "")).removeprefix("Bearer ")
+        if self.tokens_s.get(token, 0) < time.monotonic():
+            self._break(grpc.StatusCode.UNAUTHENTICATED, "authentication_error", "OAUTH_TOKEN_INVALID", method)
+        if metadata.get("developer-token") != self.developer_token:
+            self._break(grpc.StatusCode.UNAUTHENTICATED, "authentication_error", "DEVELOPER_TOKEN_INVALID", method)
+        if metadata.get("login-customer-id") != self.login_customer_id:
+            self._break(grpc.StatusCode.PERMISSION_DENIED, "authorization_error", "USER_PERMISSION_DENIED", method)
+        if "gccl/" not in str(metadata.get("x-goog-api-client", "")):
+            self.broken.append(f"{method}: not asked by the official client")
+        left_s = context.time_remaining()
+        if left_s is None or left_s > 3600:
+            self.broken.append(f"{method}: asked without a deadline")
+        now_s = time.monotonic()
+        self.asked_s.append(now_s)
+        while self.asked_s[0] < now_s - 60:
+            self.asked_s.popleft()
+        if self.requests_a_minute and len(self.asked_s) > self.requests_a_minute:
+            self.broken.append(f"{method}: {len(self.asked_s)} requests in a minute")
+            raise Wrong(grpc.StatusCode.RESOURCE_EXHAUSTED, "quota_error", "RESOURCE_TEMPORARILY_EXHAUSTED", delay_s=30)
+
+    def _account(self, customer_id: str) -> None:
+        if customer_id != self.customer_id:
+            self._break(
+                grpc.StatusCode.PERMISSION_DENIED, "authorization_error", "USER_PERMISSION_DENIED", str(customer_id)
+            )
+
+    # --- UserListService ---
+
+    def mutate_user_lists(self, request: Any) -> Any:
+        self._account(request.customer_id)
+        response = user_list_service.MutateUserListsResponse()
+        for operation in request.operations:
+            if operation._pb.WhichOneof("operation") != "create":
+                self._refuse_request("user_list_error", "USER_LIST_MUTATE_NOT_SUPPORTED", "only lists are made here")
+            wanted = operation.create
+            if not wanted.name:
+                self._refuse_request("user_list_error", "INVALID_NAME", "a list without a name")
+            if wanted._pb.WhichOneof("user_list") != "crm_based_user_list":
+                self._refuse_request("user_list_error", "CONCRETE_TYPE_REQUIRED", "a list of no type")
+            contact = CustomerMatchUploadKeyTypeEnum.CustomerMatchUploadKeyType.CONTACT_INFO
+            if wanted.crm_based_user_list.upload_key_type != contact:
+                self._refuse_request("user_list_error", "INVALID_TYPE", "a list of another upload key type")
+            if not 0 <= wanted.membership_life_span <= 540:
+                self._refuse_request("range_error", "TOO_HIGH", f"{wanted.membership_life_span} days of membership")
+            if any(one.name == wanted.name for one in self.lists.values()):  # two may make one at a time: no rule
+                raise Wrong(grpc.StatusCode.INVALID_ARGUMENT, "user_list_error", "NAME_ALREADY_USED")
+            resource = self.put(wanted.name, membership_life_span=wanted.membership_life_span)
+            response.results.append(user_list_service.MutateUserListResult(resource_name=resource))
+        return response
+
+    # --- OfflineUserDataJobService ---
+
+    def create_offline_user_data_job(self, request: Any) -> Any:
+        self._account(request.customer_id)
+        job = request.job
+        if job.type_ != OfflineUserDataJobTypeEnum.OfflineUserDataJobType.CUSTOMER_MATCH_USER_LIST:
+            self._refuse_request("request_error", "REQUIRED_FIELD_MISSING", "a job of another type")
+        metadata = job.customer_match_user_list_metadata
+        if metadata.user_list not in self.lists:
+            self._refuse_request("offline_user_data_job_error", "INVALID_USER_LIST_ID", str(metadata.user_list))
+        if DENIED in (metadata.consent.ad_user_data, metadata.consent.ad_personalization):
+            self._refuse_request(
+                "offline_user_data_job_error", "CUSTOMER_NOT_ACCEPTED_CUSTOMER_DATA_TERMS", "consent is denied"
+            )
+        if any(job.external_id and one.external_id == job.external_id for one in self.jobs.values()):
+            self._refuse_request(
+                "offline_user_data_job_error", "EXTERNAL_UPDATE_ID_ALREADY_EXISTS", str(job.external_id)
+            )
+        number = 5000 + len(self.jobs)
+        resource = f"customers/{self.customer_id}/offlineUserDataJobs/{number}"
+        consent = (metadata.consent.ad_user_data, metadata.consent.ad_personalization)
+        self.jobs[resource] = JobState(number, metadata.user_list, consent, job.external_id)
+        return offline_user_data_job_service.CreateOfflineUserDataJobResponse(resource_name=resource)
+
+    def _job(self, resource: str) -> JobState:
+        if resource not in self.jobs:
+            self._refuse_request("request_error", "INVALID_INPUT", f"no job {resource}")
+        return self.jobs[resource]
+
+    def add_offline_user_data_job_operations(self, request: Any) -> Any:
+        job = self._job(request.resource_name)
+        kind = "offline_user_data_job_error"
+        if job.status != STATUS.PENDING:
+            self._refuse_request(kind, "JOB_ALREADY_STARTED", request.resource_name)
+        if not request.operations:
+            self._refuse_request("collection_size_error", "TOO_FEW", "a request without operations")
+        if len(request.operations) > MEMBERS:
+            self._refuse_request("collection_size_error", "TOO_MANY", f"{len(request.operations)} operations")
+        raw = type(request).pb(request).operations  # ten times faster to go through
+        count = sum(len((one.remove if one.HasField("remove") else one.create).user_identifiers) for one in raw)
+        if count > IDENTIFIERS_OF_A_REQUEST:
+            self._refuse_request(kind, "TOO_MANY_USER_IDENTIFIERS", f"{count} identifiers in a request")
+        errors = []
+        for place, operation in enumerate(raw):
+            removing = operation.HasField("remove")
+            if operation.remove_all:
+                self._refuse_request(kind, "INVALID_OPERATION_ORDER", "a list is emptied")
+            if job.removing is None:
+                job.removing = removing
+            if job.removing != removing:
+                self._refuse_request(kind, "CONFLICTING_OPERATION", "creation and removal in one job")
+            if not removing and job.consent != (GRANTED, GRANTED):
+                self._refuse_request(kind, "CUSTOMER_NOT_ACCEPTED_CUSTOMER_DATA_TERMS", "members without consent")
+            data = operation.remove if removing else operation.create
+            wrong = self._wrong_operation(data, place, "remove" if removing else "create")
+            if wrong is None:
+                identifiers = [(one.WhichOneof("identifier"), self._value(one)) for one in data.user_identifiers]
+                job.operations.append((removing, identifiers))
+            else:
+                errors.append(wrong)
+        response = offline_user_data_job_service.AddOfflineUserDataJobOperationsResponse()
+        if errors and not request.enable_partial_failure:
+            raise Wrong(grpc.StatusCode.INVALID_ARGUMENT, "request_error", "INVALID_INPUT")
+        if errors:
+            detail = any_pb2.Any()
+            failure = GoogleAdsFailure.pb(GoogleAdsFailure(errors=errors, request_id="partial"))
+            detail.Pack(failure)
+            status = status_pb2.Status(code=3, message="Multiple errors in ‘details’.", details=[detail])
+            type(response).pb(response).partial_failure_error.CopyFrom(status)
+        return response
+
+    @staticmethod
+    def _value(identifier: Any) -> str:
+        return str(getattr(identifier, identifier.WhichOneof("identifier")))
+
+    def _wrong_operation(self, data: Any, place: int, how: str) -> GoogleAdsError | None:
+        """What Google finds wrong with one operation: a broken rule, or what the test wants it to refuse."""
+        kind = "offline_user_data_job_error"
+        path: list[Any] = [("operations", place), how]
+
+        def broken(name: str, *where: Any) -> GoogleAdsError:
+            self.broken.append(f"{kind}.{name}: operation {place}")
+            return error_of(kind, name, path=[*path, *where])
+
+        if not data.user_identifiers:
+            return broken("MISSING_USER_IDENTIFIER")
+        if len(data.user_identifiers) > IDENTIFIERS_OF_AN_OPERATION:
+            return broken("TOO_MANY_USER_IDENTIFIERS")
+        if data.HasField("consent"):
+            return broken("OPERATION_LEVEL_CONSENT_PROVIDED")
+        if data.HasField("user_attribute"):
+            return broken("ATTRIBUTES_NOT_APPLICABLE_FOR_CUSTOMER_MATCH_USER_LIST")
+        for index, one in enumerate(data.user_identifiers):
+            which = one.WhichOneof("identifier")
+            if which not in HASHED:
+                return broken("INCOMPATIBLE_UPLOAD_KEY_TYPE", ("user_identifiers", index))
+            if not re.fullmatch("[0-9a-f]{64}", self._value(one)):
+                return broken("INVALID_SHA256_FORMAT", ("user_identifiers", index), which)
+            if self._value(one) in self.refuse:
+                return error_of(*self.refuse_as, path=[*path, ("user_identifiers", index), which])
+        return None
+
+    def run_offline_user_data_job(self, request: Any) -> Any:
+        job = self._job(request.resource_name)
+        if job.status != STATUS.PENDING:
+            self._refuse_request("offline_user_data_job_error", "JOB_ALREADY_STARTED", request.resource_name)
+        job.status = STATUS.RUNNING
+        if not self.hold:
+            self._work_off(job, None)
+        return operations_pb2.Operation(name=f"{request.resource_name}/operation")
+
+    def _work_off(self, job: JobState, fail: str | None) -> None:
+        job.status = STATUS.FAILED if fail else STATUS.SUCCESS
+        if fail:
+            job.reason = REASON[fail]
+            return
+        held = self.members[job.list_id]
+        for removing, identifiers in job.operations:
+            (held.difference_update if removing else held.update)(identifiers)
+
+    # --- GoogleAdsService ---
+
+    def search(self, request: Any) -> Any:
+        self._account(request.customer_id)
+        if request.page_size:
+            self._refuse_request("request_error", "PAGE_SIZE_NOT_SUPPORTED", "the size of pages is Google's")
+        resource, fields, conditions = self._parsed(request.query)
+        rows = [row for row in self._rows(resource) if all(self._holds(row, *one) for one in conditions)]
+        start = int(request.page_token or 0)
+        response = google_ads_service.SearchGoogleAdsResponse(total_results_count=len(rows))
+        for row in rows[start : start + self.page]:
+            shown = google_ads_service.GoogleAdsRow()
+            for name in fields:
+                *path, last = name.split(".")
+                target, source = getattr(shown, path[0]), row
+                for step in path[1:]:
+                    target, source = getattr(target, step), getattr(source, step)
+                last = "type_" if last == "type" else last
+                setattr(target, last, getattr(source, last))
+            response.results.append(shown)
+        if start + self.page < len(rows):
+            response.next_page_token = str(start + self.page)
+        return response
+
+    def _parsed(self, query: str) -> tuple[str, list[str], list[tuple[str, str, str]]]:
+        """The query language, as far as it is needed: SELECT fields FROM one WHERE name = 'value' or IN (…)."""
+        match = re.fullmatch(r"SELECT (.+?) FROM (\w+)(?: WHERE (.+))?", query)
+        if not match or match[2] not in RESOURCES:
+            self._refuse_request("query_error", "UNEXPECTED_INPUT", query)
+        fields = match[1].split(", ")
+        condition = r"([\w.]+) (=|IN) ('(?:[^'\\]|\\.)*'|\d+|\(\d+(?:, \d+)*\))"
+        parts = re.split(r" AND (?=[\w.]+ )", match[3]) if match[3] else []
+        conditions: list[tuple[str, str, str]] = []
+        for part in parts:
+            found = re.fullmatch(condition, part)
+            if not found:
+                self._refuse_request("query_error", "BAD_VALUE", part)
+            conditions.append((found[1], found[2], found[3]))
+        for name in [*fields, *(name for name, _, _ in conditions)]:
+            kind: Any = RESOURCES[match[2]]
+            first, *steps = name.split(".")
+            if first != match[2]:
+                self._refuse_request("query_error", "PROHIBITED_RESOURCE_TYPE_IN_SELECT_CLAUSE", name)
+            for step in steps:
+                known = {one.name.removesuffix("_"): one for one in kind.meta.fields.values()}
+                if step not in known:
+                    self._refuse_request("query_error", "UNRECOGNIZED_FIELD", name)
+                kind = known[step].message
+        return match[2], fields, conditions
+
+    def _rows(self, resource: str) -> Iterator[Any]:
+        if resource == "user_list":
+            yield from self.lists.values()
+            return
+        for job in self.jobs.values():
+            yield OfflineUserDataJob(
+                id=job.number,
+                external_id=job.external_id,
+                status=job.status,
+                failure_reason=job.reason,
+                customer_match_user_list_metadata={"user_list": job.list_id},
+            )
+
+    @staticmethod
+    def _holds(row: Any, name: str, operator: str, literal: str) -> bool:
+        value = getattr(row, name.split(".", 1)[1])
+        text = value.name if hasattr(value, "name") else str(value)
+        if operator == "IN":
+            return text in literal.strip("()").split(", ")
+        wanted = re.sub(r"\\(.)", r"\1", literal[1:-1]) if literal.startswith("'") else literal
+        return bool(text == wanted)
+
+    # --- serving ---
+
+    def _handler(self, method: str, answer: Callable[[Any], Any], kind: type[Any]) -> grpc.RpcMethodHandler:
+        def handle(request: Any, context: grpc.ServicerContext) -> Any:
+            trailing: list[tuple[str, Any]] = [("request-id", f"request-{len(self.calls)}")]
+            with self._lock:
+                self.calls.append(method)
+                fault = self.faults[0] if self.faults and self.faults[0].method == method else None
+                if fault:
+                    self.faults.popleft()
+                try:
+                    self._admit(method, context)
+                    self.before.pop(method, lambda: None)()
+                    response = None if fault and not fault.after else answer(request)
+                except Wrong as wrong:
+                    failure = GoogleAdsFailure(errors=[wrong.error], request_id=trailing[0][1])
+                    context.set_trailing_metadata((*trailing, (FAILURE, GoogleAdsFailure.serialize(failure))))
+                    context.abort(wrong.code, str(wrong))
+                except Exception as error:  # a bug of the stub must not look like one of Google's errors
+                    self.broken.append(f"{method}: the stub failed: {error!r}")
+                    raise
+            if fault:
+                time.sleep(fault.sleep_s)
+                if fault.kind:
+                    failure = GoogleAdsFailure(errors=[error_of(fault.kind, fault.name, delay_s=fault.delay_s)])
+                    trailing.append((FAILURE, GoogleAdsFailure.serialize(failure)))
+                context.set_trailing_metadata(trailing)
+                if fault.code != grpc.StatusCode.OK:
+                    context.abort(fault.code, "a fault of the test's")
+                response = response if response is not None else answer(request)
+            context.set_trailing_metadata(trailing)
+            return response
+
+        def serialize(message: Any) -> bytes:
+            return bytes(
+                type(message).serialize(message) if hasattr(type(message), "pb") else message.SerializeToString()
+            )
+
+        return grpc.unary_unary_rpc_method_handler(handle, kind.deserialize, serialize)
+
+    def handlers(self) -> list[grpc.GenericRpcHandler]:
+        jobs, lists = offline_user_data_job_service, user_list_service
+        methods: dict[str, dict[str, tuple[Callable[[Any], Any], type[Any]]]] = {
+            "UserListService": {"MutateUserLists": (self.mutate_user_lists, lists.MutateUserListsRequest)},
+            "GoogleAdsService": {"Search": (self.search, google_ads_service.SearchGoogleAdsRequest)},
+            "OfflineUserDataJobService": {
+                "CreateOfflineUserDataJob": (
+                    self.create_offline_user_data_job,
+                    jobs.CreateOfflineUserDataJobRequest,
+                ),
+                "AddOfflineUserDataJobOperations": (
+                    self.add_offline_user_data_job_operations,
+                    jobs.AddOfflineUserDataJobOperationsRequest,
+                ),
+                "RunOfflineUserDataJob": (self.run_offline_user_data_job, jobs.RunOfflineUserDataJobRequest),
+            },
+        }
+        return [
+            grpc.method_handlers_generic_handler(
+                f"{SERVICES}.{service}",
+                {name: self._handler(name, answer, kind) for name, (answer, kind) in named.items()},
+            )
+            for service, named in methods.items()
+        ]
+
+    def token(self, form: Mapping[str, list[str]]) -> tuple[int, dict[str, Any]]:
+        """What OAuth's address for tokens answers."""
+        wanted = {
+            "grant_type": "refresh_token",
+            "client_id": self.client_id,
+            "client_secret": self.client_secret,
+            "refresh_token": self.refresh_token,
+        }
+        wrong = [name for name, value in wanted.items() if form.get(name) != [value]]
+        if wrong:
+            return 400, {"error": "invalid_grant", "error_description": "Token has been expired or revoked."}
+        token = "access-" + secrets.token_hex(8)
+        self.tokens_s[token] = time.monotonic() + self.token_life_s
+        return 200, {"access_token": token, "expires_in": int(self.token_life_s), "token_type": "Bearer"}
+
+
+@contextmanager
+def serving(stub: GoogleStub, server_certificate: Certificate) -> Iterator[GoogleStub]:
+    """Serve a stub on two ports of loopback: the API by gRPC over TLS, and OAuth by HTTP."""
+
+    class Tokens(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:  # noqa: N802  the name that http.server looks for
+            body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+            status, answer = stub.token(parse_qs(body))
+            raw = json.dumps(answer).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(raw)))
+            self.end_headers()
+            self.wfile.write(raw)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Say nothing."""
+
+    pool = ThreadPoolExecutor(4)
+    server = grpc.server(pool, options=[("grpc.max_receive_message_length", 64 * 1024 * 1024)])
+    server.add_generic_rpc_handlers(stub.handlers())
+    credentials = grpc.ssl_server_credentials([(server_certificate.key, server_certificate.chain)])
+    port = server.add_secure_port("127.0.0.1:0", credentials)
+    tokens = ThreadingHTTPServer(("127.0.0.1", 0), Tokens)
+    thread = threading.Thread(target=tokens.serve_forever, args=(0.02,), daemon=True)
+    stub.endpoint = f"localhost:{port}"
+    stub.token_url = f"http://127.0.0.1:{tokens.server_address[1]}/token"
+    server.start()
+    thread.start()
+    try:
+        yield stub
+    finally:
+        server.stop(0).wait()
+        pool.shutdown()
+        tokens.shutdown()
+        tokens.server_close()
+        thread.join()
+
+
+def write_authority(directory: Path, made: Certificate) -> Path:
+    """The authority as a file: the client has no argument for it, but its gRPC reads one the environment names."""
+    path = directory / "authority.pem"
+    path.write_bytes(made.authority)
+    return path
