@@ -390,7 +390,7 @@ class GoogleStub:
     def _work_off(self, job: JobState, fail: str | None) -> None:
         job.status = STATUS.FAILED if fail else STATUS.SUCCESS
         if fail:
-            job.reason = REASON[fail]
+            job.reason = getattr(REASON, fail)
             return
         held = self.members[job.list_id]
         for removing, identifiers in job.operations:
