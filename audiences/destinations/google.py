@@ -267,16 +267,23 @@ class GoogleAds:
             return [refused[place] for place in range(len(people))]
         self._let_opposite_jobs_finish(list_id, removing)
         job = self._new_job(list_id, removing)
+        taken: set[int] = set()
         for part in _requests(uploads):
-            for place, answer in self._fill(job, part, removing).items():
-                refused[part[place].place] = Outcome(False, answer)
-        if {upload.place for upload in uploads} <= set(refused):
+            failures = self._fill(job, part, removing)
+            for place, upload in enumerate(part):
+                if place in failures:
+                    refused[upload.place] = Outcome(False, failures[place])
+                else:
+                    taken.add(upload.place)
+        if not taken:
             return [refused[place] for place in range(len(people))]
         request = self._client.get_type("RunOfflineUserDataJobRequest")
         request.resource_name = job
         self._call("OfflineUserDataJobService", "run_offline_user_data_job", request)
         outcome = self._end_of(int(job.rpartition("/")[2])).outcome
-        return [refused.get(place, outcome) for place in range(len(people))]
+        # Who has one operation in the job must be removable, and is removed when all of them are.
+        settled = taken - set(refused) if removing else taken
+        return [outcome if place in settled else refused[place] for place in range(len(people))]
 
     def _let_opposite_jobs_finish(self, list_id: str, removing: bool) -> None:
         """Jobs may be worked off side by side, so that an older one could undo what this one does."""

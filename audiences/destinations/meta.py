@@ -154,10 +154,16 @@ class Meta:
                 "last_batch_flag": sequence == len(parts),
                 "estimated_num_total": len(rows),
             }
-            answer = self._send(list_id, part, session, removing)
-            for place, outcome in _outcomes(part, number, answer).items():
-                if place not in outcomes or outcomes[place].accepted:
-                    outcomes[place] = outcome
+            try:
+                told = _outcomes(part, number, self._send(list_id, part, session, removing))
+            except Rejected as error:
+                if sequence == 1:
+                    raise
+                told = [Outcome(False, str(error))] * len(part)  # others of the batch were taken
+            for row, outcome in zip(part, told, strict=True):
+                # Who has one row on a list must be removable, and is removed when all of them are.
+                if row.place not in outcomes or outcome.accepted != removing:
+                    outcomes[row.place] = outcome
         return [outcomes[place] for place in range(len(people))]
 
     def _send(self, list_id: str, rows: Sequence[Row], session: Mapping[str, Any], removing: bool) -> dict[str, Any]:
@@ -196,18 +202,15 @@ def _rows(people: Sequence[Person]) -> tuple[list[Row], dict[int, Outcome]]:
     return rows, outcomes
 
 
-def _outcomes(rows: Sequence[Row], session: int, answer: Mapping[str, Any]) -> dict[int, Outcome]:
-    """What Meta said of the people of rows. It names samples of what it could not read, not all of it."""
+def _outcomes(rows: Sequence[Row], session: int, answer: Mapping[str, Any]) -> list[Outcome]:
+    """What Meta said of each row. It names samples of what it could not read, not all of it."""
     invalid = int(answer.get("num_invalid_entries") or 0)
     named = set(HASH.findall(json.dumps(answer.get("invalid_entry_samples")))) if invalid else set()
-    words = f"session {session}: {answer.get('num_received', 'an unknown number')} received, {invalid} invalid"
-    outcomes: dict[int, Outcome] = {}
-    for row in rows:
-        if named.intersection(row.values):
-            outcomes[row.place] = Outcome(False, f"session {session}: invalid entry")
-        else:
-            outcomes.setdefault(row.place, Outcome(True, words))
-    return outcomes
+    taken = Outcome(
+        True, f"session {session}: {answer.get('num_received', 'an unknown number')} received, {invalid} invalid"
+    )
+    refused = Outcome(False, f"session {session}: invalid entry")
+    return [refused if named.intersection(row.values) else taken for row in rows]
 
 
 # --- answers and errors ---

@@ -182,6 +182,18 @@ def test_partial_failures_are_told_in_the_order_of_the_people(stub: GoogleStub, 
     assert stub.members[champions] == identifiers(*people[:2], *people[3:7], people[8])
 
 
+def test_who_has_one_operation_in_the_job_is_a_member_and_removable(stub: GoogleStub, ads: GoogleAds) -> None:
+    many = person(1, emails=21)  # two operations
+    stub.refuse = {many.identifiers["google.email"][20]}
+    champions = ads.open("champions")
+    assert [outcome.accepted for outcome in ads.add(champions, [many], "a")] == [True]
+    assert len(stub.members[champions]) == 20
+    assert [outcome.accepted for outcome in ads.remove(champions, [many], "b")] == [False]  # so it is tried again
+    stub.refuse = set()
+    assert [outcome.accepted for outcome in ads.remove(champions, [many], "c")] == [True]
+    assert stub.members[champions] == set()
+
+
 def test_a_job_that_took_nobody_is_not_run(stub: GoogleStub, ads: GoogleAds) -> None:
     stub.refuse = {person(1).identifiers["google.email"][0]}
     outcomes = ads.add(ads.open("champions"), [person(1)], "a")

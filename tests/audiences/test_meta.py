@@ -157,12 +157,32 @@ def test_who_has_nothing_to_send_or_no_hash_is_not_sent_and_the_others_are(stub:
 
 
 def test_invalid_entries_are_told_in_the_order_of_the_people(stub: MetaStub, ads: Meta) -> None:
-    people = [person(number, emails=2, phones=1) for number in range(9)]
-    stub.refuse = {people[2].identifiers["meta.phone"][0], people[7].identifiers["meta.email"][1]}
-    champions = ads.open("champions")
-    outcomes = ads.add(champions, people, "a")
+    people = [person(number, phones=1) for number in range(9)]
+    stub.refuse = {people[2].identifiers["meta.phone"][0], people[7].identifiers["meta.email"][0]}
+    outcomes = ads.add(ads.open("champions"), people, "a")
     assert [place for place, outcome in enumerate(outcomes) if not outcome.accepted] == [2, 7]
     assert outcomes[7].answer.endswith("invalid entry")
+
+
+def test_who_has_one_entry_on_the_list_is_a_member_and_removable(stub: MetaStub, ads: Meta) -> None:
+    half, none = person(1, emails=2), person(2, emails=2)
+    stub.refuse = {half.identifiers["meta.email"][0], *none.identifiers["meta.email"]}
+    champions = ads.open("champions")
+    assert [outcome.accepted for outcome in ads.add(champions, [half, none], "a")] == [True, False]
+    assert len(stub.members[champions]) == 1
+    assert [outcome.accepted for outcome in ads.remove(champions, [half], "b")] == [False]  # so it is tried again
+    stub.refuse = set()
+    assert [outcome.accepted for outcome in ads.remove(champions, [half], "c")] == [True]
+    assert stub.members[champions] == set()
+
+
+def test_a_batch_that_is_rejected_half_way_tells_who_was_taken(stub: MetaStub, ads: Meta) -> None:
+    people = [person(number, emails=2) for number in range(5001)]  # 10,002 rows
+    champions = ads.open("champions")
+    stub.faults += [fault(status=200, after=True), fault(answer=said(200))]
+    outcomes = ads.add(champions, people, "a")
+    assert [outcome.accepted for outcome in outcomes] == [True] * 5000 + [False]
+    assert len(stub.members[champions]) == 10_000
 
 
 def test_invalid_entries_that_meta_does_not_name_are_counted(stub: MetaStub, ads: Meta) -> None:
