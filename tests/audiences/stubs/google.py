@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Final, NamedTuple, NoReturn
@@ -120,8 +121,9 @@ class Certificate(NamedTuple):
     key: bytes
 
 
+@cache
 def certificate() -> Certificate:
-    """A certificate for localhost, and the authority that signed it."""
+    """A certificate for localhost, and its authority: one a process, since gRPC reads authorities once a process."""
     now = dt.datetime.now(dt.UTC)
 
     def signed(
