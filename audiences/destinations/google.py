@@ -130,7 +130,7 @@ def build(name: str, options: Options) -> GoogleAds:
             f"{name}: the kind google-ads needs {error.name}, which is not installed; "
             "install it with pip install 'propensity[google-ads]'"
         ) from None
-    # The client copies every request to mask it, even where nobody logs, and would log identifiers at INFO.
+    # At INFO and DEBUG the client logs whole requests, hashes included; what its warnings say our errors say.
     logging.getLogger("google.ads.googleads.client").setLevel(logging.CRITICAL)
     credentials = _credentials(name, options)
     client = GoogleAdsClient(
@@ -172,7 +172,10 @@ def _credentials(name: str, options: Options) -> Any:
 
 
 class GoogleAds:
-    """Customer Match lists of one account."""
+    """Customer Match lists of one account.
+
+    One object serves one synchronisation, which sends nobody twice: jobs of its own cannot undo each other.
+    """
 
     purpose = Purpose.ADS
     limits = Limits(MEMBERS, REQUESTS_A_MINUTE // REQUESTS_OF_A_BATCH, 60.0)
@@ -186,7 +189,7 @@ class GoogleAds:
         self._client = client
         self._credentials = credentials
         self._services: dict[str, Any] = {}
-        self._jobs: dict[str, set[int]] = {}  # by list: made since it was opened
+        self._jobs: set[int] = set()  # of this synchronisation
         self._clear: set[tuple[str, bool]] = set()  # lists and directions that no job from before can overtake
 
     # --- the protocol ---
@@ -194,10 +197,7 @@ class GoogleAds:
     def open(self, audience: str) -> str:
         """The resource name of the list called prefix + audience."""
         name = self._options.prefix + audience
-        list_id = self._found(name) or self._made(name)
-        self._jobs[list_id] = set()
-        self._clear -= {(list_id, False), (list_id, True)}
-        return list_id
+        return self._found(name) or self._made(name)
 
     def add(self, list_id: str, people: Sequence[Person], batch: str) -> Sequence[Outcome]:
         """Upload people in a job of their own, with their consent to both uses that Google asks about."""
@@ -289,11 +289,10 @@ class GoogleAds:
         """Jobs may be worked off side by side, so that an older one could undo what this one does."""
         if (list_id, removing) in self._clear:
             return
-        ours = self._jobs.get(list_id, set())
         running = [
             job.number
             for job in self._jobs_where("offline_user_data_job.status = 'RUNNING'")
-            if job.list_id == list_id and job.mark and job.mark % 2 != removing and job.number not in ours
+            if job.list_id == list_id and job.mark and job.mark % 2 != removing and job.number not in self._jobs
         ]
         if running:
             raise Busy(
@@ -315,7 +314,7 @@ class GoogleAds:
             metadata.consent.ad_user_data = enums.ConsentStatusEnum.GRANTED
             metadata.consent.ad_personalization = enums.ConsentStatusEnum.GRANTED
         response = self._call("OfflineUserDataJobService", "create_offline_user_data_job", request)
-        self._jobs.setdefault(list_id, set()).add(int(response.resource_name.rpartition("/")[2]))
+        self._jobs.add(int(response.resource_name.rpartition("/")[2]))
         return str(response.resource_name)
 
     def _fill(self, job: str, uploads: Sequence[Upload], removing: bool) -> dict[int, str]:

@@ -20,6 +20,7 @@ from audiences.destinations import google, registry
 from audiences.destinations.google import GoogleAds, Options, build
 from audiences.destinations.protocol import Busy, Person, Purpose, Rejected
 from service.core.errors import PropensityError
+from tests.audiences import documented
 from tests.audiences.stubs.google import Certificate, Fault, GoogleStub, certificate, serving, write_authority
 
 ADD, CREATE, RUN = "AddOfflineUserDataJobOperations", "CreateOfflineUserDataJob", "RunOfflineUserDataJob"
@@ -446,6 +447,14 @@ def test_the_file_of_destinations_builds_it(stub: GoogleStub, tmp_path: Path) ->
     built = registry.read(document, tmp_path / "destinations.yaml", environment).destination("search").build()
     assert built.name == "search"
     assert built.open("champions") == stub.list_named("Propensity champions")
+
+
+def test_the_page_describes_every_option_with_its_default_and_its_example_is_one(tmp_path: Path) -> None:
+    assert documented.options("google-ads.md") == documented.defaults(Options)
+    (example,) = documented.examples("google-ads.md")
+    names = ("GOOGLE_ADS_DEVELOPER_TOKEN", "GOOGLE_ADS_CLIENT_SECRET", "GOOGLE_ADS_REFRESH_TOKEN")
+    (entry,) = registry.read(example, tmp_path, dict.fromkeys(names, "x")).destinations.values()
+    Options.model_validate(dict(entry.options))
 
 
 # --- the stand-in is strict: each rule, broken on purpose ---

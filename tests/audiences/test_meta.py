@@ -19,6 +19,7 @@ from audiences.destinations import meta, registry
 from audiences.destinations.meta import Meta, Options, build
 from audiences.destinations.protocol import Busy, Person, Purpose, Rejected
 from service.core.errors import PropensityError
+from tests.audiences import documented
 from tests.audiences.stubs.meta import Entry, Fault, MetaStub, serving, throttled
 
 
@@ -376,6 +377,14 @@ def test_the_file_of_destinations_builds_it(stub: MetaStub, tmp_path: Path) -> N
     built = registry.read(document, tmp_path / "destinations.yaml", environment).destination("social").build()
     assert built.name == "social"
     assert built.open("champions") == stub.named("Propensity champions")
+
+
+def test_the_page_describes_every_option_with_its_default_and_its_example_is_one(tmp_path: Path) -> None:
+    assert documented.options("meta.md") == documented.defaults(Options)
+    (example,) = documented.examples("meta.md")
+    names = ("META_ACCESS_TOKEN", "META_APP_SECRET")
+    (entry,) = registry.read(example, tmp_path, dict.fromkeys(names, "x")).destinations.values()
+    Options.model_validate(dict(entry.options))
 
 
 # --- the stand-in is strict: each rule, broken on purpose ---
