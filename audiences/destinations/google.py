@@ -391,7 +391,7 @@ class GoogleAds:
             return list(self._call("GoogleAdsService", "search", request))  # asks for further pages itself
 
     def _call(self, service: str, method: str, request: Any) -> Any:
-        """One request, which is not tried again here: left to itself the client would go on for hours."""
+        """One request, not tried again here, with a deadline: left to itself the client has none."""
         with _told():
             self._refresh()
             if service not in self._services:

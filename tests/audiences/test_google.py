@@ -474,6 +474,7 @@ class Raw:
         request.job.type_ = changes.get(
             "type", OfflineUserDataJobTypeEnum.OfflineUserDataJobType.CUSTOMER_MATCH_USER_LIST
         )
+        request.job.external_id = changes.get("external_id", 0)
         metadata = request.job.customer_match_user_list_metadata
         metadata.user_list = changes.get("user_list", self.list_id)
         if consent:
@@ -495,6 +496,13 @@ class Raw:
             if "consent" in data:
                 target.consent.ad_user_data = 2
         return self.ads._call("OfflineUserDataJobService", "add_offline_user_data_job_operations", request)
+
+    def search(self, query: str, page_size: int = 0) -> None:
+        request = self.ads._client.get_type("SearchGoogleAdsRequest")
+        request.customer_id = self.stub.customer_id
+        request.query = query
+        request.page_size = page_size
+        self.ads._call("GoogleAdsService", "search", request)
 
     def run(self, job: str) -> None:
         request = self.ads._client.get_type("RunOfflineUserDataJobRequest")
@@ -550,6 +558,9 @@ BREAKS: dict[str, Any] = {
     "TOO_MANY": filled(*[("create", OK)] * 10_001),
     "TOO_FEW": filled(),
     "JOB_ALREADY_STARTED": ran_twice,
+    "RESOURCE_NOT_FOUND": lambda raw: raw.run("customers/1234567890/offlineUserDataJobs/1"),
+    "EXTERNAL_UPDATE_ID_ALREADY_EXISTS": lambda raw: [raw.job(external_id=7) for _ in range(2)],
+    "PAGE_SIZE_NOT_SUPPORTED": lambda raw: raw.search("SELECT user_list.id FROM user_list", page_size=10),
     "INVALID_USER_LIST_ID": lambda raw: raw.job(user_list="customers/1234567890/userLists/1"),
     "REQUIRED_FIELD_MISSING": lambda raw: raw.job(type=0),
     "USER_PERMISSION_DENIED: account": lambda raw: raw.job(customer_id="1111111111"),
@@ -560,9 +571,9 @@ BREAKS: dict[str, Any] = {
     "CONCRETE_TYPE_REQUIRED": lambda raw: raw.make(kind=False),
     "TOO_HIGH": lambda raw: raw.make(days=541),
     "INVALID_NAME": lambda raw: raw.make(name=""),
-    "UNRECOGNIZED_FIELD": lambda raw: raw.ads._search("SELECT user_list.colour FROM user_list"),
-    "BAD_VALUE": lambda raw: raw.ads._search("SELECT user_list.id FROM user_list WHERE user_list.name = 'o'neill'"),
-    "UNEXPECTED_INPUT": lambda raw: raw.ads._search("SELECT everything"),
+    "UNRECOGNIZED_FIELD": lambda raw: raw.search("SELECT user_list.colour FROM user_list"),
+    "BAD_VALUE": lambda raw: raw.search("SELECT user_list.id FROM user_list WHERE user_list.name = 'o'neill'"),
+    "UNEXPECTED_INPUT": lambda raw: raw.search("SELECT everything"),
     "requests in a minute": lambda raw: [raw.ads.review(["job 1: RUNNING"]) for _ in range(301)],
 }
 

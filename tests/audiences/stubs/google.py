@@ -304,7 +304,7 @@ class GoogleStub:
 
     def _job(self, resource: str) -> JobState:
         if resource not in self.jobs:
-            self._refuse_request("request_error", "INVALID_INPUT", f"no job {resource}")
+            self._refuse_request("request_error", "RESOURCE_NOT_FOUND", f"no job {resource}")
         return self.jobs[resource]
 
     def add_offline_user_data_job_operations(self, request: Any) -> Any:
@@ -340,7 +340,7 @@ class GoogleStub:
                 errors.append(wrong)
         response = offline_user_data_job_service.AddOfflineUserDataJobOperationsResponse()
         if errors and not request.enable_partial_failure:
-            raise Wrong(grpc.StatusCode.INVALID_ARGUMENT, "request_error", "INVALID_INPUT")
+            raise Wrong(grpc.StatusCode.INVALID_ARGUMENT, *self.refuse_as)
         if errors:
             detail = any_pb2.Any()
             failure = GoogleAdsFailure.pb(GoogleAdsFailure(errors=errors, request_id="partial"))
