@@ -350,7 +350,7 @@ class GoogleAds:
     # --- jobs ---
 
     def _end_of(self, number: int) -> Job:
-        """The job when it ended, or as it stands when the time to wait is over."""
+        """The job when it ended, or as it stands when the time to wait is over. Raises Busy where it failed."""
         started = time.monotonic()
         pause_s = 1.0
         job = Job(number, "", 0, "RUNNING", "")
@@ -358,7 +358,9 @@ class GoogleAds:
             time.sleep(min(pause_s, left_s))
             pause_s = min(2 * pause_s, 60.0)
             job = next(iter(self._jobs_where(f"offline_user_data_job.id = {number}")), job)
-            if job.status in {"SUCCESS", "FAILED"}:
+            if job.status == "FAILED":  # not for anything about its members, so the batch is to be sent again
+                raise Busy(f"Google Ads: {job.outcome.answer}")
+            if job.status == "SUCCESS":
                 break
         return job
 

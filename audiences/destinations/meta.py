@@ -155,12 +155,12 @@ class Meta:
                 "estimated_num_total": len(rows),
             }
             try:
-                told = _outcomes(part, number, self._send(list_id, part, session, removing))
+                answer = self._send(list_id, part, session, removing)
             except Rejected as error:
                 if sequence == 1:
                     raise
-                told = [Outcome(False, str(error))] * len(part)  # others of the batch were taken
-            for row, outcome in zip(part, told, strict=True):
+                raise Busy(f"{error}; a part of the batch was taken before") from None
+            for row, outcome in zip(part, _outcomes(part, number, answer), strict=True):
                 # Who has one row on a list must be removable, and is removed when all of them are.
                 if row.place not in outcomes or outcome.accepted != removing:
                     outcomes[row.place] = outcome

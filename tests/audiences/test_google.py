@@ -7,6 +7,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +255,18 @@ def test_a_wait_for_the_end_tells_how_it_ended(stub: GoogleStub) -> None:
     ads = build("google", options(stub, wait_s=0.1))
     champions = ads.open("champions")
     assert ads.add(champions, [person(1)], "a")[0] == (True, "job 5000: SUCCESS")
+
+
+def test_a_job_that_fails_while_it_is_waited_for_is_tried_again(stub: GoogleStub) -> None:
+    stub.hold = True
+    ads = build("google", options(stub, wait_s=0.1))
+    champions = ads.open("champions")
+    stub.before["Search"] = lambda: stub.before.update(Search=partial(stub.finish, "INSUFFICIENT_TRANSACTIONS"))
+    with pytest.raises(Busy, match="job 5000: FAILED INSUFFICIENT_TRANSACTIONS"):
+        ads.add(champions, [person(1)], "a")
+    stub.hold = False
+    assert ads.add(champions, [person(1)], "a")[0] == (True, "job 5001: SUCCESS")
+    assert stub.members[champions] == identifiers(person(1))
 
 
 def test_a_wait_is_bounded(stub: GoogleStub) -> None:
