@@ -28,6 +28,7 @@ from tests.audiences.stubs.meta import MetaStub
 Identifier = tuple[str, str]
 FORMS = (*google.FIELDS, *meta.KEYS)
 AUDIENCES = ("champions", "nurture")
+KILLS = 30  # at each platform; each costs fifty milliseconds, most of them the disk's
 
 
 def sha(text: str) -> str:
@@ -233,29 +234,27 @@ def synchronise(books: ledger.Ledger, destination: Destination, world: World, **
     return sync.run(books, destination, world, SENDING, options=sync.Options(**options))
 
 
-def test_lists_are_as_wanted_after_every_change_whatever_fails_and_whenever_it_is_killed(
+def test_lists_are_as_wanted_whatever_fails_and_at_whichever_point_it_is_killed(
     platform: Platform, tmp_path: Path
 ) -> None:
     dice = random.Random(20_261_124)
     world = World(dice)
     killed = 0
     with ledger.opened(f"sqlite:///{tmp_path}/ledger.db") as books:
-        for _ in range(12):
+        while killed < KILLS:
             world.change(15)
             for _ in range(dice.randrange(3)):
                 platform.fail(dice)
-            while True:
+            for share in (0.4,) * 9 + (0.0,):
                 try:
-                    synchronise(books, Fragile(platform.build(), world, 0.1), world)
+                    synchronise(books, Fragile(platform.build(), world, share), world)
                     break
                 except Killed:
                     killed += 1
-                    assert killed < 200
             for audience in AUDIENCES:
                 assert platform.held(audience) == world.wanted(audience, platform.names)
         quiet = synchronise(books, platform.build(), world)
         assert [one.added + one.removed for one in quiet] == [0, 0]
-    assert killed >= 10
 
 
 def test_members_whom_a_platform_refuses_are_told_and_not_sent_again(platform: Platform, tmp_path: Path) -> None:
