@@ -184,7 +184,6 @@ class GoogleAds:
 
     def __init__(self, name: str, options: Options, client: Any, credentials: Any) -> None:
         self.name = name
-        self.membership_s = options.membership_days * 86_400.0  # who is not added again by then is a member no more
         self._options = options
         self._client = client
         self._credentials = credentials

@@ -117,7 +117,7 @@ class Meta:
             every = account.get_custom_audiences(
                 fields=["id", "name", "subtype", "operation_status"], params={"limit": SOME_PAGE}
             )
-            found = [one for one in every if one["name"] == name and one["subtype"] == "CUSTOM"]
+            found = [one for one in every if one.get("name") == name and one.get("subtype") == "CUSTOM"]
             if not found:
                 made = account.create_custom_audience(
                     params={

@@ -19,7 +19,7 @@ from pydantic import SecretStr, ValidationError
 
 from audiences.destinations import google, registry
 from audiences.destinations.google import GoogleAds, Options, build
-from audiences.destinations.protocol import Busy, Person, Purpose, Rejected
+from audiences.destinations.protocol import Busy, Destination, Person, Purpose, Rejected
 from service.core.errors import PropensityError
 from tests.audiences import documented
 from tests.audiences.stubs.google import Certificate, Fault, GoogleStub, certificate, serving, write_authority
@@ -458,7 +458,8 @@ def test_the_file_of_destinations_builds_it(stub: GoogleStub, tmp_path: Path) ->
         "REFRESH_TOKEN": stub.refresh_token,
     }
     built = registry.read(document, tmp_path / "destinations.yaml", environment).destination("search").build()
-    assert built.name == "search"
+    own: Destination = build("search", options(stub))  # as mypy sees it, too
+    assert (built.name, built.forms) == (own.name, own.forms)
     assert built.open("champions") == stub.list_named("Propensity champions")
 
 

@@ -17,7 +17,7 @@ from pydantic import SecretStr, ValidationError
 
 from audiences.destinations import meta, registry
 from audiences.destinations.meta import Meta, Options, build
-from audiences.destinations.protocol import Busy, Person, Purpose, Rejected
+from audiences.destinations.protocol import Busy, Destination, Person, Purpose, Rejected
 from service.core.errors import PropensityError
 from tests.audiences import documented
 from tests.audiences.stubs.meta import Entry, Fault, MetaStub, serving, throttled
@@ -377,7 +377,8 @@ def test_the_file_of_destinations_builds_it(stub: MetaStub, tmp_path: Path) -> N
     }
     environment = {"META_TOKEN": stub.access_token, "META_SECRET": str(stub.app_secret)}
     built = registry.read(document, tmp_path / "destinations.yaml", environment).destination("social").build()
-    assert built.name == "social"
+    own: Destination = build("social", options(stub))  # as mypy sees it, too
+    assert (built.name, built.forms) == (own.name, own.forms)
     assert built.open("champions") == stub.named("Propensity champions")
 
 
