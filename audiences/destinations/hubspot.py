@@ -66,9 +66,9 @@ class Options(options.Options):
 
     token: options.Secret = Field(description="Access token of a private app.")
     id_property: str = Field("external_id", description="The contacts' property with your user ids; unique values.")
-    list_prefix: str = Field("Propensity: ", description="Stands before an audience's name in its list's name.")
+    prefix: str = Field("Propensity ", description="Put before the name of an audience to name its list.")
     fields: tuple[str, ...] = Field(
-        ("propensity", "percentile", "segment"), description="Fields that contacts keep; [] for lists alone."
+        ("propensity", "segment"), description="Fields that contacts keep; [] for lists alone."
     )
     task: Task | None = Field(None, description="A task for sales when a contact enters a segment; none unless given.")
     requests_per_10s: int = Field(100, ge=CALLS, description="Requests that the account's plan allows in 10 s.")
@@ -133,7 +133,7 @@ class HubSpot:
         if not self._prepared:
             self._prepare()
             self._prepared = True
-        name = f"{self._given.list_prefix}{audience}"
+        name = f"{self._given.prefix}{audience}"
         found = self._list(name) or self._new_list(name)
         if found.processing_type != "MANUAL":
             raise Rejected(f"HubSpot: the list {name!r} is {found.processing_type}, not static; rename or delete it")

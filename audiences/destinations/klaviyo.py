@@ -38,9 +38,9 @@ class Options(options.Options):
     """What `destinations.yaml` says of a Klaviyo account."""
 
     api_key: options.Secret = Field(description="Private API key.")
-    list_prefix: str = Field("Propensity: ", description="Stands before an audience's name in its list's name.")
+    prefix: str = Field("Propensity ", description="Put before the name of an audience to name its list.")
     fields: tuple[str, ...] = Field(
-        ("propensity", "percentile", "segment"), description="Fields that profiles keep; [] for lists alone."
+        ("propensity", "segment"), description="Fields that profiles keep; [] for lists alone."
     )
     job_wait_s: float = Field(120, gt=0, description="Seconds to wait for an import of fields; then it is tried again.")
     job_poll_s: float = Field(1, gt=0, description="Seconds between two looks at an import.")
@@ -88,7 +88,7 @@ class Klaviyo:
 
     def open(self, audience: str) -> str:
         """The id of the audience's list: the oldest of its name, else a new one."""
-        name = f"{self._given.list_prefix}{audience}"
+        name = f"{self._given.prefix}{audience}"
         wanted = f"equals(name,{json.dumps(name, ensure_ascii=False)})"
         found = self._ask("looking for a list", self._lists.get_lists, filter=wanted, sort="created")["data"]
         if found:

@@ -23,6 +23,7 @@ def account() -> Iterator[stubs.HubSpot]:
 
 
 def destination(account: stubs.HubSpot, **options: Any) -> HubSpot:
+    options = {"fields": ("propensity", "percentile", "segment"), **options}
     return build("crm", Options(token=SecretStr(options.pop("token", stubs.TOKEN)), endpoint=account.url, **options))
 
 
@@ -40,7 +41,7 @@ def test_members_are_on_the_list_with_their_fields(account: stubs.HubSpot) -> No
     hubspot, (people, ids) = destination(account), crowd(account, 100)
     champions = hubspot.open("champions")
     outcomes = hubspot.add(champions, people, "b1")
-    assert account.lists[champions]["name"] == "Propensity: champions"
+    assert account.lists[champions]["name"] == "Propensity champions"
     assert account.lists[champions]["processingType"] == "MANUAL"
     assert account.members[champions] == {*ids}
     assert [outcome.accepted for outcome in outcomes] == [True] * 100
@@ -299,7 +300,7 @@ def test_a_list_that_is_gone_is_rejected(account: stubs.HubSpot) -> None:
 
 def test_a_list_of_the_name_that_is_dynamic_is_rejected(account: stubs.HubSpot) -> None:
     account.lists["9"] = {
-        "listId": "9", "listVersion": 1, "name": "Propensity: champions", "objectTypeId": "0-1",
+        "listId": "9", "listVersion": 1, "name": "Propensity champions", "objectTypeId": "0-1",
         "processingType": "DYNAMIC", "processingStatus": "COMPLETE",
     }  # fmt: skip
     with pytest.raises(Rejected, match="DYNAMIC, not static"):
@@ -394,7 +395,7 @@ def test_the_rolling_limit_of_the_platform_is_answered_with_its_wait(account: st
         (lambda hubspot, list_id, people: hubspot._tasks.create({"inputs": [{"properties": {}}]}), "hs_timestamp"),
         (lambda hubspot, list_id, people: hubspot._memberships.add(int(list_id), [7]), "are strings"),
         (lambda hubspot, list_id, people: hubspot._memberships.add(int(list_id), []), "list of ids"),
-        (lambda hubspot, list_id, people: hubspot._new_list("Propensity: champions"), "of this name"),
+        (lambda hubspot, list_id, people: hubspot._new_list("Propensity champions"), "of this name"),
         (lambda hubspot, list_id, people: hubspot._ensure("contacts", "Upper Case", "string"), "small letters"),
         (lambda hubspot, list_id, people: _unauthorised(hubspot).open("x"), "Authorization"),
     ],

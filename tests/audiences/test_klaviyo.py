@@ -27,6 +27,7 @@ def account() -> Iterator[stubs.Klaviyo]:
 
 
 def destination(account: stubs.Klaviyo, **options: Any) -> Klaviyo:
+    options = {"fields": ("propensity", "percentile", "segment"), **options}
     key = SecretStr(options.pop("api_key", stubs.KEY))
     return build("mail", Options(**{"api_key": key, "endpoint": account.url, "job_poll_s": 0.01, **options}))
 
@@ -45,7 +46,7 @@ def test_members_are_on_the_list_with_their_fields(account: stubs.Klaviyo) -> No
     klaviyo, (people, ids) = destination(account), crowd(account, 1000)
     champions = klaviyo.open("champions")
     outcomes = klaviyo.add(champions, people, "b1")
-    assert account.lists == {champions: "Propensity: champions"}
+    assert account.lists == {champions: "Propensity champions"}
     assert account.members[champions] == {*ids}
     assert outcomes == [(True, f"profile {id}") for id in ids]
     assert account.profiles[ids[3]] == {"external_id": "u3", "properties": {**FIELDS, "propensity_lists": [champions]}}
@@ -69,7 +70,7 @@ def test_the_list_is_made_once(account: stubs.Klaviyo) -> None:
     name = 'the "best", all of them'
     first = destination(account).open(name)
     assert destination(account).open(name) == first
-    assert account.lists == {first: f"Propensity: {name}"}
+    assert account.lists == {first: f"Propensity {name}"}
 
 
 def test_a_list_whose_making_went_unanswered_is_not_made_again(account: stubs.Klaviyo) -> None:

@@ -1,0 +1,164 @@
+"""HubSpot and Klaviyo under the synchronisation: what the accounts hold in the end, whatever went wrong on the way."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+
+from audiences import ledger as ledgers
+from audiences import sync
+from audiences.destinations import hubspot, klaviyo, registry
+from audiences.destinations.protocol import Destination
+from audiences.ledger import Ledger
+from service.core.errors import PropensityError
+from tests.audiences.people import People, Somebody
+from tests.audiences.stubs import hubspot as hubspot_stub
+from tests.audiences.stubs import klaviyo as klaviyo_stub
+
+PATIENT = registry.Sending(patience_s=30, first_wait_s=0.001, longest_wait_s=0.002)
+SEGMENTS = ("champions", "warm_prospects", "nurture")
+
+
+class Crm:
+    """HubSpot, and what it holds."""
+
+    def __init__(self, stub: hubspot_stub.HubSpot) -> None:
+        self.stub = stub
+        given = {"token": SecretStr(hubspot_stub.TOKEN), "endpoint": stub.url, "task": {}, "fields": ("segment",)}
+        self.destination: Destination = hubspot.build("ours", hubspot.Options(**given, requests_per_10s=100_000))
+
+    def register(self, name: str) -> str:
+        return self.stub.contact(external_id=name)
+
+    def holds(self) -> dict[str, str]:
+        """Who is on the list, with their segment."""
+        (members,) = self.stub.members.values()
+        return {self.stub.contacts[id]["external_id"]: self.stub.contacts[id]["propensity_segment"] for id in members}
+
+    def scored(self) -> set[str]:
+        """Who keeps a segment."""
+        return {own["external_id"] for own in self.stub.contacts.values() if own.get("propensity_segment")}
+
+
+class Mail:
+    """Klaviyo, and what it holds."""
+
+    def __init__(self, stub: klaviyo_stub.Klaviyo) -> None:
+        self.stub = stub
+        given = {"api_key": SecretStr(klaviyo_stub.KEY), "endpoint": stub.url, "job_poll_s": 0.01}
+        self.destination: Destination = klaviyo.build("ours", klaviyo.Options(**given, fields=("segment",)))
+        self.destination.limits = self.destination.limits._replace(requests=1000)  # of its own clock, not the stub's
+
+    def register(self, name: str) -> str:
+        return self.stub.profile(name)
+
+    def holds(self) -> dict[str, str]:
+        """Who is on the list, with their segment."""
+        (members,) = self.stub.members.values()
+        own = {id: self.stub.profiles[id] for id in members}
+        return {one["external_id"]: one["properties"]["propensity_segment"] for one in own.values()}
+
+    def scored(self) -> set[str]:
+        """Who keeps a segment."""
+        everybody = self.stub.profiles.values()
+        return {own["external_id"] for own in everybody if "propensity_segment" in own["properties"]}
+
+
+Account = Crm | Mail
+
+
+@pytest.fixture(params=[(hubspot_stub.HubSpot, Crm), (klaviyo_stub.Klaviyo, Mail)], ids=["hubspot", "klaviyo"])
+def account(request: pytest.FixtureRequest) -> Iterator[Account]:
+    stub, kind = request.param
+    with stub() as server:
+        yield kind(server)
+        assert server.broken == []
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    with ledgers.opened(f"sqlite:///{tmp_path / 'ledger.db'}") as opened:
+        yield opened
+
+
+def test_an_account_has_what_is_wanted_though_requests_fail_and_answers_are_lost(account: Account, ledger: Ledger) -> None:
+    chance, people = random.Random(5), People()
+    names = [f"u{number}" for number in range(400)]
+    for name in names[:350]:
+        account.register(name)
+    for _ in range(3):
+        people.lists["everyone"] = {
+            name: Somebody(name, segment=chance.choice(SEGMENTS), allowed=chance.random() < 0.9)
+            for name in names
+            if chance.random() < 0.8
+        }
+        for _ in range(6):
+            account.stub.refuse(
+                "batch|import|relationships|memberships|GET /api/profiles", chance.choice((429, 500, 503))
+            )
+            account.stub.lose("batch/update|batch/create|bulk-import|relationships|memberships")
+        (counts,) = sync.run(ledger, account.destination, people, PATIENT)
+        wanted = {one.name: one.segment for one in people.lists["everyone"].values() if one.allowed}
+        assert counts.wanted == len(wanted)
+        known = {name: segment for name, segment in wanted.items() if name in names[:350]}
+        assert account.holds() == known
+        assert account.scored() == set(known)
+        assert counts.all_refused == len(wanted) - len(known)
+        assert account.stub.faults == []
+    if isinstance(account, Crm):
+        keys = [task["propensity_key"] for task in account.stub.tasks.values()]
+        assert len(set(keys)) == len(keys) > 100
+
+
+def test_a_second_run_sends_nothing(account: Account, ledger: Ledger) -> None:
+    people = People()
+    for name in ("anna", "bert"):
+        account.register(name)
+        people.want("everyone", Somebody(name))
+    sync.run(ledger, account.destination, people, PATIENT)
+    before = len(account.stub.sent("POST|PUT|DELETE"))
+    (counts,) = sync.run(ledger, account.destination, people, PATIENT)
+    assert counts.unchanged == 2
+    assert account.stub.sent("POST|PUT|DELETE")[before:] == []
+
+
+def test_who_withdraws_consent_is_off_the_list_and_keeps_no_score(account: Account, ledger: Ledger) -> None:
+    people = People()
+    for name in ("anna", "bert"):
+        account.register(name)
+        people.want("everyone", Somebody(name))
+    sync.run(ledger, account.destination, people, PATIENT)
+    people.want("everyone", Somebody("anna", allowed=False))
+    sync.run(ledger, account.destination, people, PATIENT)
+    assert account.holds() == {"bert": "warm_prospects"}
+    assert account.scored() == {"bert"}
+
+
+@pytest.mark.parametrize("kind", ["hubspot", "klaviyo"])
+def test_without_the_extra_it_says_what_to_install(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = {"hubspot": "hubspot", "klaviyo": "klaviyo_api"}[kind]
+    monkeypatch.delitem(sys.modules, f"audiences.destinations.{kind}")
+    monkeypatch.setitem(sys.modules, client, None)
+    with pytest.raises(PropensityError, match=rf"needs {client}, .* pip install 'propensity\[{kind}\]'"):
+        entry(kind, {}).build()
+
+
+@pytest.mark.parametrize(("kind", "secret"), [("hubspot", "token"), ("klaviyo", "api_key")])
+def test_a_file_builds_it_with_the_secret_of_the_environment(kind: str, secret: str) -> None:
+    built = entry(kind, {secret: "${SECRET}", "prefix": "Shop: "}).build()
+    assert type(built).__module__ == f"audiences.destinations.{kind}"
+    assert built.name == "ours"
+    with pytest.raises(PropensityError, match="no place for a secret") as raised:
+        entry(kind, {secret: "in-the-clear"}).build()
+    assert "in-the-clear" not in str(raised.value)
+
+
+def entry(kind: str, options: dict[str, Any]) -> registry.Entry:
+    document = {"destinations": {"ours": {"kind": kind, **options}}}
+    return registry.read(document, Path("destinations.yaml"), {"SECRET": "s3cr3t"}).destination("ours")
