@@ -144,7 +144,9 @@ def test_pages_name_no_metric_that_does_not_exist() -> None:
         if isinstance(metric, MetricWrapperBase)
         for ending in ("", "_total", "_bucket", "_sum", "_count")
     }
-    named = {name for text in pages().values() for name in re.findall(r"\bpropensity_[a-z_]*[a-z]", text)}
+    # What destinations keep on a platform has names of that kind too, and its own tests.
+    ours = {page: text for page, text in pages().items() if not page.startswith("docs/destinations/")}
+    named = {name for text in ours.values() for name in re.findall(r"\bpropensity_[a-z_]*[a-z]", text)}
     assert named <= known
 
 

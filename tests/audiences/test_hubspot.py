@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import SecretStr, ValidationError
+from pydantic.fields import FieldInfo
 
-from audiences.destinations.hubspot import HubSpot, Options, build
+from audiences.destinations.hubspot import HubSpot, Options, Task, build
 from audiences.destinations.protocol import Busy, Person, Rejected
 from tests.audiences.stubs import hubspot as stubs
 
@@ -416,6 +419,22 @@ def _unauthorised(hubspot: HubSpot) -> HubSpot:
 
 
 # --- options ---
+
+
+def test_every_option_is_in_the_docs_with_its_default_and_no_other() -> None:
+    page = (Path(__file__).parents[2] / "docs/destinations/hubspot.md").read_text("utf-8")
+    described = re.findall(r"^\| `(\w+)` \| (.+?) \|", page[: page.index("\n## What is sent\n")], re.MULTILINE)
+    assert described == [
+        (name, shown(field)) for name, field in [*Options.model_fields.items(), *Task.model_fields.items()]
+    ]
+
+
+def shown(field: FieldInfo) -> str:
+    """A default as the page has it."""
+    if field.is_required():
+        return "required"
+    value = ", ".join(field.default) if isinstance(field.default, tuple) else field.default
+    return {None: "none", "": "empty"}.get(value, f"`{f'{value:g}' if isinstance(value, float) else value}`")
 
 
 def test_a_task_without_the_field_segment_is_refused() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import SecretStr, ValidationError
+from pydantic.fields import FieldInfo
 
 from audiences.destinations.klaviyo import Klaviyo, Options, build
 from audiences.destinations.protocol import Busy, Person, Rejected
@@ -362,3 +365,17 @@ def test_a_key_in_the_clear_is_refused() -> None:
     with pytest.raises(ValidationError, match="no place for a secret") as raised:
         Options.model_validate({"api_key": "pk_clear"})
     assert "pk_clear" not in str(raised.value)
+
+
+def test_every_option_is_in_the_docs_with_its_default_and_no_other() -> None:
+    page = (Path(__file__).parents[2] / "docs/destinations/klaviyo.md").read_text("utf-8")
+    described = re.findall(r"^\| `(\w+)` \| (.+?) \|", page[: page.index("\n## What is sent\n")], re.MULTILINE)
+    assert described == [(name, shown(field)) for name, field in Options.model_fields.items()]
+
+
+def shown(field: FieldInfo) -> str:
+    """A default as the page has it."""
+    if field.is_required():
+        return "required"
+    value = ", ".join(field.default) if isinstance(field.default, tuple) else field.default
+    return {None: "none", "": "empty"}.get(value, f"`{f'{value:g}' if isinstance(value, float) else value}`")
