@@ -108,7 +108,7 @@ class HubSpot:
     """An account; see `protocol.Destination`."""
 
     purpose = Purpose.CRM
-    forms = (FORM,)
+    forms: tuple[str, ...] = (FORM,)
 
     def __init__(self, name: str, given: Options) -> None:
         self.name = name

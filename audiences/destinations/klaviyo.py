@@ -64,7 +64,7 @@ class Klaviyo:
     """An account; see `protocol.Destination`."""
 
     purpose = Purpose.EMAIL
-    forms = (FORM,)
+    forms: tuple[str, ...] = (FORM,)
     # A batch is up to ten requests for profiles (75 a second, 750 a minute), and one or a few of each other kind (10 a
     # second, 150 a minute): a batch a second stays within all of them.
     limits = Limits(members=MEMBERS, requests=1, seconds=1.0)

@@ -87,7 +87,9 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
         yield opened
 
 
-def test_an_account_has_what_is_wanted_though_requests_fail_and_answers_are_lost(account: Account, ledger: Ledger) -> None:
+def test_requests_that_fail_and_answers_that_are_lost_change_nothing_in_the_end(
+    account: Account, ledger: Ledger
+) -> None:
     chance, people = random.Random(5), People()
     names = [f"u{number}" for number in range(400)]
     for name in names[:350]:
