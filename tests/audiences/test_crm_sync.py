@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import random
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +19,16 @@ from audiences import sync
 from audiences.destinations import hubspot, klaviyo, registry
 from audiences.destinations.protocol import Destination
 from audiences.ledger import Ledger
+from service import consent
 from service.core.errors import PropensityError
+from service.embedded import EmbeddedServer
+from service.members import Members
+from service.propensities import Propensities
+from service.store import Store
 from tests.audiences.people import People, Somebody
 from tests.audiences.stubs import hubspot as hubspot_stub
 from tests.audiences.stubs import klaviyo as klaviyo_stub
+from tests.cli.test_commands import propensity
 
 PATIENT = registry.Sending(patience_s=30, first_wait_s=0.001, longest_wait_s=0.002)
 SEGMENTS = ("champions", "warm_prospects", "nurture")
@@ -164,3 +173,47 @@ def test_a_file_builds_it_with_the_secret_of_the_environment(kind: str, secret: 
 def entry(kind: str, options: dict[str, Any]) -> registry.Entry:
     document = {"destinations": {"ours": {"kind": kind, **options}}}
     return registry.read(document, Path("destinations.yaml"), {"SECRET": "s3cr3t"}).destination("ours")
+
+
+async def fill(url: str, namespace: str, names: list[str]) -> None:
+    """Members of one audience in a real feature cache; the last one agreed to nothing but advertising."""
+    store, now_ms = Store.open(url, namespace=namespace, retention_ms=10**9), time.time_ns() // 1_000_000
+    members, propensities = Members(store), Propensities(store)
+    for name in names:
+        said = consent.statement(now_ms, {"ads": True, "crm": name != names[-1], "email": name != names[-1]}, True)
+        await store.append_said({name: said}, now_ms)
+        await propensities.move("shop", {name: "champions"}, now_ms)
+    await members.change("everyone", dict.fromkeys(names, now_ms), [], now_ms, "test")
+    definition = {"destinations": ["ours"], "min_size": 1, "model": "shop"}
+    await members.describe("everyone", json.dumps(definition), now_ms)
+    await store.close()
+
+
+def test_the_command_brings_members_of_the_service_to_the_account(
+    account: Account, embedded_server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    kind, secret, value = {
+        Crm: ("hubspot", "token", hubspot_stub.TOKEN),
+        Mail: ("klaviyo", "api_key", klaviyo_stub.KEY),
+    }[type(account)]
+    names = [f"{kind}-{number}" for number in range(4)]
+    for name in names[1:]:
+        account.register(name)
+    asyncio.run(fill(embedded_server.url, kind, names))
+    for setting, said in {
+        "PROPENSITY_REDIS_URL": embedded_server.url,
+        "PROPENSITY_NAMESPACE": kind,
+        "PROPENSITY_LEDGER_URL": f"sqlite:///{tmp_path / 'own.db'}",
+        "OUR_SECRET": value,
+    }.items():
+        monkeypatch.setenv(setting, said)
+    file = tmp_path / "destinations.yaml"
+    file.write_text(
+        f"destinations:\n  ours: {{kind: {kind}, {secret}: '${{OUR_SECRET}}', endpoint: '{account.stub.url}'}}\n"
+    )
+    done = propensity("audiences", "sync", "--to", "ours", "--destinations", file, "--json")
+    assert done.status == 1, "one has no contact"
+    (counts,) = json.loads(done.out)
+    assert (counts["wanted"], counts["without_consent"], counts["refused"]) == (3, 1, 1)
+    assert account.holds() == dict.fromkeys(names[1:3], "champions")
+    assert value not in done.out + done.err
