@@ -18,10 +18,13 @@ import hubspot
 import urllib3
 from hubspot.crm import contacts, lists, properties
 from hubspot.crm.objects import tasks
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from audiences.destinations import options
 from audiences.destinations.protocol import Busy, Limits, Outcome, Person, Purpose, Rejected
+from service.core.segments import SEGMENTS
+
+Kept = Literal["propensity", "segment", "model"]
 
 FORM: Final = "external_id"
 BATCH: Final = 100  # "API usage guidelines and limits": records of a batch request
@@ -60,6 +63,13 @@ class Task(BaseModel):
     due_hours: float = Field(24, ge=0, description="Hours from now until the task is due.")
     owner_id: str | None = Field(None, description="HubSpot's id of the owner; nobody's unless given.")
 
+    @field_validator("segment")
+    @classmethod
+    def _known(cls, segment: str) -> str:
+        if segment not in SEGMENTS:
+            raise ValueError(f"write one of {', '.join(SEGMENTS)}")
+        return segment
+
 
 class Options(options.Options):
     """What `destinations.yaml` says of a HubSpot account."""
@@ -67,7 +77,7 @@ class Options(options.Options):
     token: options.Secret = Field(description="Access token of a private app.")
     id_property: str = Field("external_id", description="The contacts' property with your user ids; unique values.")
     prefix: str = Field("Propensity ", description="Put before the name of an audience to name its list.")
-    fields: tuple[str, ...] = Field(
+    fields: tuple[Kept, ...] = Field(
         ("propensity", "segment"), description="Fields that contacts keep; [] for lists alone."
     )
     task: Task | None = Field(None, description="A task for sales when a contact enters a segment; none unless given.")
@@ -112,7 +122,7 @@ class HubSpot:
 
     def __init__(self, name: str, given: Options) -> None:
         self.name = name
-        self.fields = given.fields
+        self.fields: tuple[str, ...] = given.fields
         # A batch is several requests of the platform, and the limits count batches.
         self.limits = Limits(members=BATCH, requests=given.requests_per_10s // CALLS, seconds=10.0)
         self._given = given
@@ -318,7 +328,7 @@ class HubSpot:
                 "(Settings, Properties, 'Require unique values') and fill it with your user ids, "
                 "or name the one that you have as id_property"
             )
-        numbers = {_property(field) for field in ("propensity", "percentile")} | {ENTERINGS}
+        numbers = ("propensity", ENTERINGS)
         for name in self._ours():
             self._ensure("contacts", name, "number" if name in numbers else "string")
         if self._given.task:

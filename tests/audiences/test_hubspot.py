@@ -26,12 +26,12 @@ def account() -> Iterator[stubs.HubSpot]:
 
 
 def destination(account: stubs.HubSpot, **options: Any) -> HubSpot:
-    options = {"fields": ("propensity", "percentile", "segment"), **options}
+    options = {"fields": ("propensity", "model", "segment"), **options}
     return build("crm", Options(token=SecretStr(options.pop("token", stubs.TOKEN)), endpoint=account.url, **options))
 
 
 def person(number: int, *, ids: tuple[str, ...] | None = None, **fields: Any) -> Person:
-    own = {"propensity": 0.25, "percentile": 90.0, "segment": "high_intent", **fields}
+    own = {"propensity": 0.25, "model": "shop", "segment": "high_intent", **fields}
     return Person(f"{number:064x}", {"external_id": ids or (f"u{number}",)}, own)
 
 
@@ -52,7 +52,7 @@ def test_members_are_on_the_list_with_their_fields(account: stubs.HubSpot) -> No
     assert account.contacts[ids[3]] == {
         "external_id": "u3",
         "propensity": "0.25",
-        "propensity_percentile": "90",
+        "propensity_model": "shop",
         "propensity_segment": "high_intent",
         "propensity_lists": champions,
     }
@@ -64,7 +64,7 @@ def test_properties_and_list_are_made_once(account: stubs.HubSpot) -> None:
     types = {name: one["type"] for name, one in account.properties["contacts"].items() if name.startswith("propensity")}
     assert types == {
         "propensity": "number",
-        "propensity_percentile": "number",
+        "propensity_model": "string",
         "propensity_segment": "string",
         "propensity_lists": "string",
     }
@@ -440,6 +440,11 @@ def shown(field: FieldInfo) -> str:
 def test_a_task_without_the_field_segment_is_refused() -> None:
     with pytest.raises(ValidationError, match="add segment to fields"):
         Options(token=SecretStr("x"), fields=("propensity",), task={})
+
+
+def test_a_task_for_a_segment_that_is_none_is_refused() -> None:
+    with pytest.raises(ValidationError, match="task.segment\n.*write one of champions, high_intent"):
+        Options(token=SecretStr("x"), task={"segment": "champion"})
 
 
 def test_a_token_in_the_clear_is_refused() -> None:

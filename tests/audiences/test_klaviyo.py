@@ -17,7 +17,7 @@ from audiences.destinations.klaviyo import Klaviyo, Options, build
 from audiences.destinations.protocol import Busy, Person, Rejected
 from tests.audiences.stubs import klaviyo as stubs
 
-FIELDS = {"propensity": 0.25, "propensity_percentile": 90.0, "propensity_segment": "high_intent"}
+FIELDS = {"propensity": 0.25, "propensity_model": "shop", "propensity_segment": "high_intent"}
 
 
 @pytest.fixture
@@ -30,13 +30,13 @@ def account() -> Iterator[stubs.Klaviyo]:
 
 
 def destination(account: stubs.Klaviyo, **options: Any) -> Klaviyo:
-    options = {"fields": ("propensity", "percentile", "segment"), **options}
+    options = {"fields": ("propensity", "model", "segment"), **options}
     key = SecretStr(options.pop("api_key", stubs.KEY))
     return build("mail", Options(**{"api_key": key, "endpoint": account.url, "job_poll_s": 0.01, **options}))
 
 
 def person(number: int, *, ids: tuple[str, ...] | None = None, **fields: Any) -> Person:
-    own = {"propensity": 0.25, "percentile": 90.0, "segment": "high_intent", **fields}
+    own = {"propensity": 0.25, "model": "shop", "segment": "high_intent", **fields}
     return Person(f"{number:064x}", {"external_id": ids or (f"u{number}",)}, own)
 
 
@@ -379,3 +379,8 @@ def shown(field: FieldInfo) -> str:
         return "required"
     value = ", ".join(field.default) if isinstance(field.default, tuple) else field.default
     return {None: "none", "": "empty"}.get(value, f"`{f'{value:g}' if isinstance(value, float) else value}`")
+
+
+def test_a_field_that_nobody_gives_is_refused() -> None:
+    with pytest.raises(ValidationError, match="Input should be 'propensity', 'segment' or 'model'"):
+        Options(api_key=SecretStr("x"), fields=("propensty",))
