@@ -29,6 +29,7 @@ Kept = Literal["propensity", "segment", "model"]
 FORM: Final = "external_id"
 BATCH: Final = 100  # "API usage guidelines and limits": records of a batch request
 CALLS: Final = 5  # requests that one batch takes at most: contacts, tasks that are there, new tasks, fields, list
+FIRST: Final = 10  # requests that a process begins with, to look at properties
 CONTACTS: Final = "0-1"  # type of object of a contact
 TASK_TO_CONTACT: Final = 204  # "Associations": type of the association of a task with a contact
 
@@ -81,7 +82,7 @@ class Options(options.Options):
         ("propensity", "segment"), description="Fields that contacts keep; [] for lists alone."
     )
     task: Task | None = Field(None, description="A task for sales when a contact enters a segment; none unless given.")
-    requests_per_10s: int = Field(100, ge=CALLS, description="Requests that the account's plan allows in 10 s.")
+    requests_per_10s: int = Field(100, ge=FIRST + CALLS, description="Requests that the account's plan allows in 10 s.")
     timeout_s: float = Field(30, gt=0, description="Seconds to wait for an answer.")
     endpoint: str = Field("https://api.hubapi.com", description="Address of the API.")
 
@@ -124,7 +125,7 @@ class HubSpot:
         self.name = name
         self.fields: tuple[str, ...] = given.fields
         # A batch is several requests of the platform, and the limits count batches.
-        self.limits = Limits(members=BATCH, requests=given.requests_per_10s // CALLS, seconds=10.0)
+        self.limits = Limits(members=BATCH, requests=(given.requests_per_10s - FIRST) // CALLS, seconds=10.0)
         self._given = given
         self._prepared = False
         # The client would try three times by itself; that is the synchronisation's.
@@ -139,10 +140,8 @@ class HubSpot:
     # --- what the synchronisation asks ---
 
     def open(self, audience: str) -> str:
-        """The id of the audience's list. The first call also makes the properties that are missing."""
-        if not self._prepared:
-            self._prepare()
-            self._prepared = True
+        """The id of the audience's list."""
+        self._prepare()
         name = f"{self._given.prefix}{audience}"
         found = self._list(name) or self._new_list(name)
         if found.processing_type != "MANUAL":
@@ -151,6 +150,7 @@ class HubSpot:
 
     def add(self, list_id: str, people: Sequence[Person], batch: str) -> list[Outcome]:
         """Give contacts their fields, and tasks if they are due, then put them on the list."""
+        self._prepare()
         found = self._read(people)
         wanted = {contact.id: (contact, person) for person in people for contact in _of(person, found)}
         refused = self._make_tasks(wanted.values()) if self._given.task else {}
@@ -166,11 +166,15 @@ class HubSpot:
         return [_outcome(_of(person, found), refused, none) for person in people]
 
     def remove(self, list_id: str, people: Sequence[Person], batch: str) -> list[Outcome]:
-        """Take contacts off the list, and clear the fields of who is on no list of ours any more."""
+        """Take contacts off the list, and clear the fields of who is on no list of ours any more.
+
+        A list that is gone has nobody, which is what is wanted.
+        """
+        self._prepare()
         found = self._read(people)
         leaving = {contact.id: contact for person in people for contact in _of(person, found)}
         if leaving:
-            self._ask("taking off a list", self._memberships.remove, int(list_id), [*leaving])
+            self._ask("taking off a list", self._memberships.remove, int(list_id), [*leaving], missing=True)
         refused = self._write({id: self._left(contact, list_id) for id, contact in leaving.items()})
         none = Outcome(True, f"no contact has this {FORM}, so none is on the list")
         return [_outcome(_of(person, found), refused, none) for person in people]
@@ -321,6 +325,9 @@ class HubSpot:
         return self._ask("making a list", self._lists.create, wanted).list
 
     def _prepare(self) -> None:
+        """Once in a process, make the properties that are missing: options may say more than when a list was made."""
+        if self._prepared:
+            return
         unique = self._property("contacts", self._given.id_property)
         if unique is None or not unique.has_unique_value:
             raise Rejected(
@@ -333,6 +340,7 @@ class HubSpot:
             self._ensure("contacts", name, "number" if name in numbers else "string")
         if self._given.task:
             self._ensure("tasks", KEY, "string", unique=True)
+        self._prepared = True
 
     def _ensure(self, kind: str, name: str, type: str, unique: bool = False) -> None:  # noqa: A002
         found = self._property(kind, name)

@@ -112,10 +112,13 @@ class Klaviyo:
         return [_outcome(_of(person, found), refused, none) for person in people]
 
     def remove(self, list_id: str, people: Sequence[Person], batch: str) -> list[Outcome]:
-        """Take profiles off the list, and remove the fields of who is on no list of ours any more."""
+        """Take profiles off the list, and remove the fields of who is on no list of ours any more.
+
+        A list that is gone has nobody, which is what is wanted.
+        """
         found = self._read(people)
         leaving = {profile.id: profile for person in people for profile in _of(person, found)}
-        self._change("taking off a list", self._lists.remove_profiles_from_list, list_id, leaving)
+        self._change("taking off a list", self._lists.remove_profiles_from_list, list_id, leaving, missing=True)
         refused = self._import([self._left(profile, profile.lists - {list_id}) for profile in leaving.values()])
         none = Outcome(True, f"no profile has this {FORM}, so none is on the list")
         return [_outcome(_of(person, found), refused, none) for person in people]
@@ -147,10 +150,12 @@ class Klaviyo:
         gone = [*map(_property, self.fields), LISTS]
         return {"type": "profile", "id": profile.id, "attributes": {}, "meta": {"patch_properties": {"unset": gone}}}
 
-    def _change(self, what: str, call: Callable[..., Any], list_id: str, ids: Iterable[str]) -> None:
+    def _change(
+        self, what: str, call: Callable[..., Any], list_id: str, ids: Iterable[str], missing: bool = False
+    ) -> None:
         members = [{"type": "profile", "id": id} for id in ids]
         for start in range(0, len(members), MEMBERS):
-            self._ask(what, call, list_id, {"data": members[start : start + MEMBERS]})
+            self._ask(what, call, list_id, {"data": members[start : start + MEMBERS]}, missing=missing)
 
     # --- the import of fields ---
 
@@ -188,7 +193,7 @@ class Klaviyo:
     # --- asking ---
 
     def _pages(self, what: str, call: Callable[..., Any], *arguments: Any, **named: Any) -> Iterator[Any]:
-        cursor: dict[str, str] = {}
+        cursor: dict[str, Any] = {}
         while True:
             answer = self._ask(what, call, *arguments, page_size=PAGE, **named, **cursor)
             yield from answer["data"]
@@ -197,12 +202,14 @@ class Klaviyo:
                 return
             cursor = {"page_cursor": parse_qs(urlsplit(following).query)["page[cursor]"][0]}
 
-    def _ask(self, what: str, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        """The answer to a request. Raises Busy and Rejected."""
+    def _ask(self, what: str, call: Callable[..., Any], *arguments: Any, missing: bool = False, **named: Any) -> Any:
+        """The answer to a request, None where nothing is found and that may be. Raises Busy and Rejected."""
         timeouts = (float(min(_CONNECT_S, self._given.timeout_s)), float(self._given.timeout_s))
         try:
             return call(*arguments, **named, _request_timeout=timeouts)
         except openapi_client.ApiException as error:
+            if missing and error.status == 404:
+                return None
             raise _mapped(what, error) from None
         except urllib3.exceptions.HTTPError as error:
             raise Busy(f"Klaviyo gave no answer when {what}: {type(error).__name__}") from None

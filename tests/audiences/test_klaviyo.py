@@ -250,6 +250,15 @@ def test_a_list_that_is_gone_is_rejected(account: stubs.Klaviyo) -> None:
         klaviyo.add(list_id, people, "b1")
 
 
+def test_who_leaves_a_list_that_is_gone_keeps_no_score(account: stubs.Klaviyo) -> None:
+    klaviyo, (people, (id,)) = destination(account), crowd(account, 1)
+    list_id = klaviyo.open("champions")
+    klaviyo.add(list_id, people, "b1")
+    del account.lists[list_id]
+    assert klaviyo.remove(list_id, people, "b2") == [(True, f"profile {id}")]
+    assert account.profiles[id]["properties"] == {}
+
+
 @pytest.mark.parametrize("lost", ["POST /api/profile-bulk-import-jobs", "POST /api/lists/", "DELETE /api/lists/"])
 def test_an_answer_that_is_lost_is_made_up_for_by_the_next_attempt(account: stubs.Klaviyo, lost: str) -> None:
     klaviyo, (people, ids) = destination(account), crowd(account, 3)
