@@ -225,7 +225,7 @@ class HubSpot:
     def _values(self, contact: Contact, person: Person, on: Iterable[str]) -> dict[str, str]:
         values = {_property(field): _text(person.fields.get(field, "")) for field in self.fields}
         if self.fields:
-            values[LISTS] = ";".join(sorted(on, key=int))
+            values[LISTS] = _joined(on)
         if self._enters(contact, person):
             values[ENTERINGS] = str(contact.enterings + 1)
         return values
@@ -233,7 +233,7 @@ class HubSpot:
     def _left(self, contact: Contact, list_id: str) -> dict[str, str]:
         rest = contact.lists - {list_id}
         if rest or not self.fields:
-            return {LISTS: ";".join(sorted(rest, key=int))} if self.fields else {}
+            return {LISTS: _joined(rest)} if self.fields else {}
         return {_property(field): "" for field in self.fields} | {LISTS: ""}
 
     def _ours(self) -> list[str]:
@@ -385,7 +385,7 @@ class HubSpot:
 
 
 def _mapped(what: str, error: Any) -> Busy | Rejected:
-    """What a refusal means. Its words are HubSpot's, its status too; nothing of the request is in it."""
+    """What a refusal means, in HubSpot's words."""
     body = _parsed(error.body)
     said = f"HubSpot, {what}: {error.status} {str(body.get('message') or error.reason)[:_TOLD]}"
     if body.get("correlationId"):
@@ -447,6 +447,11 @@ def _outcome(own: Sequence[Contact], refused: Mapping[str, str], none: Outcome) 
 def _property(field: str) -> str:
     """The name of the property that keeps a field."""
     return field if field.startswith("propensity") else f"propensity_{field}"
+
+
+def _joined(lists: Iterable[str]) -> str:
+    """Ids of lists, in the order of their numbers; people can have written anything between them."""
+    return ";".join(sorted(lists, key=lambda id: (len(id), id)))
 
 
 def _text(value: str | float) -> str:

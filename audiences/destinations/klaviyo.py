@@ -216,7 +216,7 @@ class Klaviyo:
 
 
 def _mapped(what: str, error: Any) -> Busy | Rejected:
-    """What a refusal means. Its words are Klaviyo's, its status too; nothing of the request is in it."""
+    """What a refusal means, in Klaviyo's words."""
     first = _first(error.body)
     said = f"Klaviyo, {what}: {error.status} {str(first.get('detail') or error.reason)[:_TOLD]}"
     if first.get("id"):

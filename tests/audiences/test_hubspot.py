@@ -129,6 +129,13 @@ def test_leaving_the_last_list_clears_the_fields_and_leaving_another_does_not(ac
     assert hubspot.remove(second, [leaving], "b5") == [(True, f"contact {id}")]
 
 
+def test_what_people_wrote_among_the_lists_does_no_harm(account: stubs.HubSpot) -> None:
+    hubspot, id = destination(account), account.contact(external_id="u0", propensity_lists="mine;9")
+    list_id = hubspot.open("champions")
+    assert hubspot.add(list_id, [person(0)], "b1") == [(True, f"contact {id}")]
+    assert account.contacts[id]["propensity_lists"] == f"9;{list_id};mine"
+
+
 def test_two_ids_of_one_person_are_two_contacts_and_two_people_of_one_id_are_one(account: stubs.HubSpot) -> None:
     hubspot, (_, (one, other)) = destination(account), crowd(account, 2)
     list_id = hubspot.open("champions")
