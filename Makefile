@@ -2,13 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-dev run test lint format examples load bench bench-audiences bench-features bench-ingest bench-memory bench-members bench-training bench-tracing drift-proof hysteresis-proof rules faults fresh-run lock image dashboards observe traffic preview clean system again
-.PHONY: help setup setup-dev run test lint format examples load bench bench-features bench-ingest bench-memory bench-members bench-training bench-tracing drift-proof rules faults fresh-run lock image dashboards observe traffic preview clean system again
-.PHONY: help setup setup-dev run test lint format examples load bench bench-features bench-ingest bench-memory bench-training bench-tracing drift-proof hysteresis-proof rules faults fresh-run lock image dashboards observe traffic preview clean system again
-.PHONY: help setup setup-dev run test lint format examples load bench bench-audiences bench-features bench-ingest bench-memory bench-training bench-tracing drift-proof hysteresis-proof rules faults fresh-run lock image dashboards observe traffic preview clean system again
-.PHONY: help setup setup-dev run test lint format examples identities load bench bench-features bench-ingest bench-memory bench-training bench-tracing drift-proof rules faults fresh-run lock image dashboards observe traffic preview clean system again
-.PHONY: help setup setup-dev run test lint format examples load bench bench-features bench-ingest bench-memory bench-training bench-batch bench-tracing drift-proof rules faults fresh-run lock image dashboards observe traffic preview clean system again
-.PHONY: help setup setup-dev run test lint format examples load bench bench-features bench-ingest bench-memory bench-training bench-tracing bench-sync sync-kills drift-proof rules faults fresh-run lock image dashboards observe traffic preview clean system again
+.PHONY: help setup setup-dev run test faults identities rules hysteresis-proof drift-proof lint format examples load bench bench-audiences bench-features bench-ingest bench-memory bench-members bench-training bench-batch bench-tracing fresh-run dashboards observe traffic preview sync-kills bench-sync image clean again lock system
 
 BIN := .venv/bin
 PORT ?= 8000

@@ -41,7 +41,7 @@ class Settings(BaseSettings):
     ledger_url: str | None = Field(
         None,
         description="SQLite or PostgreSQL with what was sent to which destination: sqlite:////var/lib/ledger.db, "
-        "postgresql://user:password@host/database. ledger.db in data_dir without it; set it where syncs run on two hosts.",
+        "postgresql://user:password@host/database. ledger.db in data_dir without it; set it where two hosts send.",
     )
     artifacts: Path = Field(
         Path("artifacts"), description="Directory of trained models: MODEL/VERSION/ and MODEL/aliases.json."
