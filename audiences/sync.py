@@ -48,6 +48,7 @@ class Counts:
     audience: str
     wanted: int = 0  # who agreed and can be named
     without_consent: int = 0
+    below: int = 0  # the audience's minimum, where fewer are wanted and its list is empty therefore
     unchanged: int = 0
     refused_before: int = 0  # and unchanged since, so not sent again
     refused: int = 0  # now
@@ -231,6 +232,7 @@ class _Either:
         counts.wanted = stage.allowed
         counts.without_consent = stage.refusing
         if stage.allowed < self.wanted.minimum(audience):
+            counts.below = self.wanted.minimum(audience)
             stage.clear()
             return plan.MINIMUM
         return plan.LEFT

@@ -118,6 +118,10 @@ def _print(counts: Sequence[Counts], destination: str, dry_run: bool) -> None:
         numbers = (one.wanted, one.without_consent, one.unchanged, one.added, one.removed, one.all_refused)
         table.add_row(escape(one.audience), *(f"{number:,}" for number in numbers), _why(one.why))
     console_of_results().print(table)
+    for one in counts:
+        if one.below:
+            few = f"{one.wanted:,} people may be sent, fewer than its min_size, {one.below:,}"
+            console.print(f"Note: the list of {one.audience} is empty: {few}", markup=False, soft_wrap=True)
 
 
 def _why(why: Counter[str]) -> str:

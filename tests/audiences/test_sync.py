@@ -256,9 +256,11 @@ def test_an_audience_that_does_not_go_there_any_more_is_removed(
 
 def test_below_its_minimum_a_list_is_emptied(ledger: Ledger, platform: Memory, people: People) -> None:
     people.least = 4
-    assert run(ledger, platform, people).added == 0
+    few = run(ledger, platform, people)
+    assert (few.added, few.wanted, few.below) == (0, 3, 4)
     people.least = 3
-    assert run(ledger, platform, people).added == 3
+    enough = run(ledger, platform, people)
+    assert (enough.added, enough.below) == (3, 0)
     people.want("vip", replace(ANNA, allowed=False))
     assert run(ledger, platform, people).why == {"remove: minimum": 3}
     assert platform.lists["list of vip"] == {}

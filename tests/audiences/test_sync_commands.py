@@ -15,7 +15,9 @@ import pytest
 import yaml
 
 from audiences import ledger as ledgers
+from audiences.sync import Counts
 from cli import main as command_line
+from cli.audiences.sync import _print
 from service import identity
 from service.embedded import EmbeddedServer
 from tests.audiences.hooks import hooked
@@ -79,6 +81,13 @@ def lists(url: str = "lists") -> dict[str, Any]:
 
 def rows(path: Path) -> dict[str, dict[str, Any]]:
     return {row["key"]: row for row in map(json.loads, path.read_text().splitlines())}
+
+
+def test_who_wonders_why_a_list_is_empty_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    _print([Counts("vip", wanted=80, below=100), Counts("all", wanted=3)], "ours", dry_run=False)
+    assert capsys.readouterr().err.splitlines() == [
+        "Note: the list of vip is empty: 80 people may be sent, fewer than its min_size, 100"
+    ]
 
 
 def test_a_list_goes_from_the_feature_cache_into_a_file(run: Run, world: World, tmp_path: Path) -> None:
