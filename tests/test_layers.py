@@ -42,9 +42,17 @@ def imports(root: Path) -> Iterator[Import]:
     for package in PACKAGES:
         for file in sorted((root / package).rglob("*.py")):
             path = file.relative_to(root)
-            for node, at_start in import_statements(ast.parse(file.read_text("utf-8"))):
+            for node, at_start in import_statements(parsed(file.read_text("utf-8"))):
                 for name in imported(node, path):
                     yield Import(path, node.lineno, name, at_start)
+
+
+def parsed(text: str) -> ast.Module:
+    """The syntax tree of a module."""
+    try:
+        return ast.parse(text)
+    except SystemError:  # of Python 3.11, where what is collected meanwhile goes deep ("recursion depth mismatch")
+        return ast.parse(text)
 
 
 def import_statements(node: ast.AST, at_start: bool = True) -> Iterator[tuple[Statement, bool]]:

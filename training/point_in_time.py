@@ -173,8 +173,9 @@ def _write_in_order(connection: duckdb.DuckDBPyConnection, parts: Path, names: S
     fields = [*_OWN_COLUMNS.items(), *((name, pyarrow.float32()) for name in names)]
     schema = pyarrow.schema(fields)
     files = [str(file) for file in parts.iterdir()]
-    rows = connection.sql("SELECT * EXCLUDE column0 FROM read_parquet(?) ORDER BY column0", params=[files])
     with _OUTPUTS[out.suffix](str(fresh), schema) as writer:
-        for batch in rows.to_arrow_reader(_BATCH_ROWS):
-            writer.write_batch(pyarrow.record_batch(batch.columns, schema=schema))
+        if files:
+            rows = connection.sql("SELECT * EXCLUDE column0 FROM read_parquet(?) ORDER BY column0", params=[files])
+            for batch in rows.to_arrow_reader(_BATCH_ROWS):
+                writer.write_batch(pyarrow.record_batch(batch.columns, schema=schema))
     fresh.replace(out)

@@ -114,11 +114,17 @@ def _volume() -> list[Any]:
         ),
         lines(
             "Events by outcome",
-            "Events in a second: `accepted` (kept), `ignored` (sound, but no model reads any of it), `refused`.",
+            "Events in a second: `accepted` (kept), `ignored` (sound, but no model reads any of it), `refused`; and "
+            "`failed`, requests with events that were answered 5xx, each of which may have held many.",
             "cps",
             Series(f"sum by (outcome) (rate(propensity_events_total{{{SERVICE}}}{RATE}))", "{{outcome}}"),
+            Series(
+                f'sum(rate(propensity_request_seconds_count{{route="/v1/events", status=~"5..", {SERVICE}}}{RATE}))',
+                "failed",
+            ),
             stacked=True,
             span=12,
+            runbook="events-failing",
         ),
         lines(
             "Events by kind",

@@ -21,8 +21,6 @@ from training.batch import Options
 from training.distributed import Dask
 from training.engine import Here
 
-AUC_TOLERANCE = 0.02
-
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Dask]:
@@ -149,9 +147,10 @@ def test_training_rows_are_the_same_and_the_model_is_as_good(
     assert together.booster.feature_name() == list(plan.spec.names)
     assert together.booster.best_iteration == int(np.argmin(together.learning_curve["stop"])) + 1
     truth, visitor = here.label[split.test], here.visitor[split.test].view(np.int64)
-    auc = [evaluate.evaluate(truth, one.predict(here.matrix[split.test]), visitor).roc_auc for one in (alone, together)]
-    assert auc[0] > 0.6
-    assert abs(auc[0] - auc[1]) < AUC_TOLERANCE
+    judged = [evaluate.evaluate(truth, one.predict(here.matrix[split.test]), visitor) for one in (alone, together)]
+    for mine, theirs in (judged, judged[::-1]):
+        assert mine.roc_auc > 0.55
+        assert mine.roc_auc_interval[0] < theirs.roc_auc < mine.roc_auc_interval[1]
 
 
 def test_without_dask_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

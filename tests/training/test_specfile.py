@@ -11,6 +11,7 @@ import pytest
 from service.core.spec import InvalidSpec, Trait
 from training import specfile
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 BASE = """model: shop
 events:
   view: {code: 1, event: Product Viewed}
@@ -40,7 +41,7 @@ def test_a_file_gives_the_spec_that_it_says(tmp_path: Path) -> None:
 
 
 def test_the_examples_are_valid() -> None:
-    examples = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
+    examples = sorted(path for path in EXAMPLES.glob("*.yaml") if path.name != "audiences.yaml")
     assert len(examples) >= 7
     for path in examples:
         assert specfile.load(path).features
