@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cli.offline import need
+from cli.installed import need
 from service.core.errors import PropensityError
 
 if TYPE_CHECKING:  # what starts `propensity serve` need not wait for these

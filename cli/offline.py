@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cli.installed import need
 from cli.progress import console, stages
 from service.core.errors import PropensityError
 
@@ -188,16 +189,3 @@ def moment(text: str) -> datetime.datetime:
     except ValueError:
         raise PropensityError(f"{text!r} is no moment; write ISO 8601, as 2026-07-01T00:00:00Z, or now") from None
     return moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)
-
-
-def need(*modules: str) -> None:
-    """Import modules; raises a clear error where the libraries for training are not installed."""
-    import importlib
-
-    try:
-        for module in modules:
-            importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise PropensityError(
-            f"{error.name} is not installed; install the training side with pip install 'propensity[training]'"
-        ) from None

@@ -14,7 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
-from cli.offline import Events, MaxBadRows, MemoryLimit, MoreEvents, Spec, need
+from cli.installed import need
+from cli.offline import Events, MaxBadRows, MemoryLimit, MoreEvents, Spec
 from cli.progress import Report, console, stages
 from service.core.errors import PropensityError
 

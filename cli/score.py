@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.offline import EngineName, MemoryLimit, Scheduler, cluster, moment, need
+from cli.installed import need
+from cli.offline import EngineName, MemoryLimit, Scheduler, cluster, moment
 from cli.online import ask, pair
 from cli.progress import console, stages
 from service.core.errors import PropensityError

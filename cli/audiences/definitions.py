@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cli.audiences.installed import need
+from cli.installed import need
 from cli.progress import console, stages
 from service.core.errors import PropensityError
 
@@ -48,7 +48,7 @@ def list_(
     sizes: Annotated[bool, typer.Option(help="Also ask the feature cache how many members there are.")] = True,
 ) -> None:
     """Check the definitions and list the audiences, in the order in which they are decided."""
-    need("audiences.refresh")
+    need("audiences.refresh", extra="audiences")
     from audiences import definitions as reading
 
     read = reading.load(definitions)
@@ -75,7 +75,7 @@ def refresh(
     artifacts: Artifacts = Path("artifacts"),
 ) -> None:
     """Decide who belongs where by scores of everyone, and write what changed into the feature cache."""
-    need("audiences.refresh")
+    need("audiences.refresh", extra="audiences")
     from audiences import definitions as reading
     from audiences import refresh as refreshing
 
@@ -99,7 +99,7 @@ def preview(
     plot: Annotated[Path | None, typer.Option(help="Also draw it, into a .png, .svg or .pdf.")] = None,
 ) -> None:
     """Show what an audience would be with these scores, and what that changes. Nothing is written."""
-    need("audiences.preview", "matplotlib")
+    need("audiences.preview", "matplotlib", extra="audiences")
     from audiences import definitions as reading
     from audiences import preview as previewing
     from audiences import refresh as refreshing

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cli.audiences.sync import console_of_results
-from cli.offline import need
+from cli.installed import need
 from cli.progress import console
 from service import settings as service_settings
 from service.core.errors import PropensityError
@@ -48,7 +48,7 @@ def export(
     highest: Annotated[int, typer.Option(min=0, max=900, help="Highest adjustment in percent.")] = 900,
 ) -> None:
     """Write bid adjustments of segments, or a list to exclude, in the format that a platform takes as an upload."""
-    need("audiences.exports")
+    need("audiences.exports", extra="audiences")
     from audiences import exports
 
     if (bids is None) == (exclusions is None):

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cli.installed import need
 from cli.progress import console, stages
 from service import settings as service_settings
-from service.core.errors import PropensityError
 
 if TYPE_CHECKING:
     from audiences.sync import Counts
@@ -87,15 +87,7 @@ def sync(
 
 def need_audiences() -> None:
     """Raise an error that says what to install where that is missing."""
-    import importlib
-
-    try:
-        for module in ("audiences.sync", "audiences.signed", "audiences.destinations.registry"):
-            importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise PropensityError(
-            f"{error.name} is not installed; install what audiences need with pip install 'propensity[audiences]'"
-        ) from None
+    need("audiences.sync", "audiences.signed", "audiences.destinations.registry", extra="audiences")
 
 
 def address(given: str | None, settings: Settings) -> str:
