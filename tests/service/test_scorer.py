@@ -128,17 +128,17 @@ async def test_of_a_batch_each_group_has_the_usual_time_and_all_have_what_the_cl
                 later.set_result(read.result())
 
         def give(read: asyncio.Future[Values]) -> None:
-            loop.call_later(0.08, answer, read)
+            loop.call_later(0.4, answer, read)
 
         ask(visitor_ids).add_done_callback(give)
         return later
 
     monkeypatch.setattr(store, "ask", slow)
-    scorer = scorer_of(store, loaded, deadline_ms=200, max_deadline_ms=200)
+    scorer = scorer_of(store, loaded, deadline_ms=1000, max_deadline_ms=1000)
     requests = [ScoreRequest(f"v{row}") for row in range(5 * GROUP)]
     missing = [outcome.degraded for outcome in await scorer.score(requests) if isinstance(outcome, Score)]
     assert missing == [[]] * len(requests)
-    hurried = await scorer.score(requests, 200)
+    hurried = await scorer.score(requests, 1000)
     missing = [outcome.degraded for outcome in hurried if isinstance(outcome, Score)]
     assert missing[0] == []
     assert missing[-1] == ["store"]
