@@ -135,13 +135,10 @@ class Waiting(NamedTuple):
 
 def load(file: registry.File, name: str | None = None) -> dict[str, Options]:
     """The triggers of the file, or the one of a name. Raises PropensityError."""
-    if name is not None and name not in file.triggers:
-        raise PropensityError(f"{file.path}: no trigger {name!r}; it has {', '.join(file.triggers) or 'none'}")
     if not file.triggers:
         raise PropensityError(f"{file.path}: no triggers; write triggers: NAME: {{url: ..., secret: ...}}")
-    chosen = file.triggers if name is None else {name: file.triggers[name]}
     try:
-        return {name: Options.model_validate(dict(given)) for name, given in chosen.items()}
+        return {one: Options.model_validate(file.trigger(one)) for one in (file.triggers if name is None else [name])}
     except ValidationError as error:
         raise PropensityError(registry.told(f"{file.path}: triggers", error)) from None
 

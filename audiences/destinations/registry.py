@@ -65,7 +65,7 @@ class Entry(NamedTuple):
             module = importlib.import_module(kind.module)
         except ModuleNotFoundError as error:
             raise PropensityError(
-                f"{self.where}: the kind {self.kind} needs {error.name}, which is not installed; "
+                f"{self.where}.{self.name}: the kind {self.kind} needs {error.name}, which is not installed; "
                 f"install it with pip install 'propensity[{kind.extra}]'"
             ) from None
         try:
@@ -77,19 +77,31 @@ class Entry(NamedTuple):
 
 
 class File(NamedTuple):
-    """What `destinations.yaml` holds: destinations by name, and the plain options of triggers by name."""
+    """What `destinations.yaml` holds, by name, as it is written there.
 
-    destinations: Mapping[str, Entry]
+    Only what is asked for is looked up in the environment: who runs one destination needs no other one's secrets.
+    """
+
+    destinations: Mapping[str, Mapping[str, Any]]
     triggers: Mapping[str, Mapping[str, Any]]
     path: Path
+    environment: Mapping[str, str]
 
     def destination(self, name: str) -> Entry:
-        """The destination of this name. Raises PropensityError with those that there are."""
+        """The destination of this name. Raises PropensityError with those that there are, or with what is wrong."""
         if name not in self.destinations:
             raise PropensityError(
                 f"{self.path}: no destination {name!r}; it has {', '.join(self.destinations) or 'none'}"
             )
-        return self.destinations[name]
+        where = f"{self.path}: destinations"
+        return _entry(name, _expanded(self.destinations[name], f"{where}.{name}", self.environment), where)
+
+    def trigger(self, name: str) -> Mapping[str, Any]:
+        """The options of the trigger of this name. Raises PropensityError with those that there are."""
+        if name not in self.triggers:
+            raise PropensityError(f"{self.path}: no trigger {name!r}; it has {', '.join(self.triggers) or 'none'}")
+        expanded: Mapping[str, Any] = _expanded(self.triggers[name], f"{self.path}: triggers.{name}", self.environment)
+        return expanded
 
 
 def load(path: Path) -> File:
@@ -111,34 +123,25 @@ def read(document: object, path: Path, environment: Mapping[str, str]) -> File:
     """The same of a document that is read already."""
     if not isinstance(document, Mapping) or set(document) - {"destinations", "triggers"}:
         raise PropensityError(f"{path}: write the keys destinations and triggers at the top, each a mapping by name")
-    entries = {
-        str(name): _entry(str(name), _expanded(given, f"{path}: destinations.{name}", environment), path)
-        for name, given in _mapping(document, "destinations", path).items()
-    }
-    triggers = {
-        str(name): _expanded(given, f"{path}: triggers.{name}", environment)
-        for name, given in _mapping(document, "triggers", path).items()
-    }
-    return File(entries, triggers, path)
+    return File(_named(document, "destinations", path), _named(document, "triggers", path), path, environment)
 
 
-def _mapping(document: Mapping[str, Any], key: str, path: Path) -> Mapping[str, Any]:
+def _named(document: Mapping[str, Any], key: str, path: Path) -> Mapping[str, Mapping[str, Any]]:
     found = document.get(key) or {}
     if not isinstance(found, Mapping):
         raise PropensityError(f"{path}: {key} is no mapping; write a name, a colon, and its options below it")
     for name, given in found.items():
         if not isinstance(given, Mapping):
             raise PropensityError(f"{path}: {key}.{name} is no mapping; write its options below it")
-    return found
+    return {str(name): given for name, given in found.items()}
 
 
-def _entry(name: str, given: Mapping[str, Any], path: Path) -> Entry:
+def _entry(name: str, given: Mapping[str, Any], where: str) -> Entry:
     kind = given.get("kind")
     if kind not in KINDS:
-        raise PropensityError(f"{path}: destinations.{name}.kind: write one of {', '.join(KINDS)}")
+        raise PropensityError(f"{where}.{name}.kind: write one of {', '.join(KINDS)}")
     ours = {key: value for key, value in given.items() if key in Sending.model_fields}
     theirs = {key: value for key, value in given.items() if key != "kind" and key not in ours}
-    where = f"{path}: destinations"
     try:
         return Entry(name, str(kind), Sending.model_validate(ours), theirs, where)
     except ValidationError as error:

@@ -17,7 +17,7 @@ import yaml
 from pydantic import SecretStr
 
 from audiences import ledger as ledgers
-from audiences import sync
+from audiences import sync, triggers
 from audiences.destinations import files, registry, webhook
 from audiences.destinations.protocol import Busy, Person, Purpose, Rejected
 from audiences.signed import post
@@ -77,6 +77,8 @@ def test_whatever_may_pass_is_busy_and_the_rest_is_rejected() -> None:
         ({"url": "http://hooks.example.com/"}, "write an address that begins with https://"),
         ({"secret": "whsec_plain"}, "write ${NAME}, the name of an environment variable"),
         ({"secret": SecretStr("whsec_")}, "is no key; write whsec_ and 24 to 64 random bytes in base64"),
+        ({"secret": SecretStr("correct horse battery staple, and more")}, "is no key; write whsec_ and 24 to 64"),
+        ({"secret": SecretStr("whsec_" + "QUJD" * 5)}, "is no key; write whsec_ and 24 to 64 random bytes in base64"),
         ({"timeout_s": 600}, "less than or equal to 60"),
         ({"colour": "red"}, "Extra inputs are not permitted"),
     ],
@@ -275,8 +277,26 @@ def test_destinations_are_built_from_the_file_with_secrets_from_the_environment(
 )
 def test_what_is_wrong_with_the_file_is_said_with_its_place(text: str, said: str) -> None:
     with pytest.raises(PropensityError) as error:
-        read(text)
+        read(text).destination("a")
     assert str(error.value).startswith(said)
+
+
+def test_one_destination_or_trigger_needs_no_secrets_of_the_others() -> None:
+    text = """
+    destinations:
+      lists: {kind: files, url: "${BUCKET}/lists", purpose: crm}
+      ours: {kind: webhook, url: "https://x.example", secret: "${HOOK_SECRET}", purpose: ads}
+    triggers:
+      sales: {url: "https://x.example", secret: "${SALES_SECRET}"}
+      mail: {url: "https://x.example", secret: "${MAIL_SECRET}"}
+    """
+    file = read(text, BUCKET="s3://ours", SALES_SECRET=SECRET)
+    assert file.destination("lists").options["url"] == "s3://ours/lists"
+    assert list(triggers.load(file, "sales")) == ["sales"]
+    with pytest.raises(PropensityError, match="destinations.ours.secret: the environment variable HOOK_SECRET is not"):
+        file.destination("ours")
+    with pytest.raises(PropensityError, match="triggers.mail.secret: the environment variable MAIL_SECRET is not set"):
+        triggers.load(file)
 
 
 def test_a_secret_in_the_file_is_refused_and_not_repeated() -> None:
@@ -313,6 +333,6 @@ except Exception as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout == (
-        "PropensityError d.yaml: destinations: the kind files needs fsspec, which is not installed; "
+        "PropensityError d.yaml: destinations.a: the kind files needs fsspec, which is not installed; "
         "install it with pip install 'propensity[audiences]'\n"
     ), done.stderr

@@ -467,7 +467,7 @@ def test_the_page_describes_every_option_with_its_default_and_its_example_is_one
     assert documented.options("google-ads.md") == documented.defaults(Options)
     (example,) = documented.examples("google-ads.md")
     names = ("GOOGLE_ADS_DEVELOPER_TOKEN", "GOOGLE_ADS_CLIENT_SECRET", "GOOGLE_ADS_REFRESH_TOKEN")
-    (entry,) = registry.read(example, tmp_path, dict.fromkeys(names, "x")).destinations.values()
+    entry = registry.read(example, tmp_path, dict.fromkeys(names, "x")).destination("search")
     Options.model_validate(dict(entry.options))
 
 
