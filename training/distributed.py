@@ -71,6 +71,8 @@ def connected(scheduler: str | None = None, processes: int | None = None) -> Ite
                     processes=True,
                     host="127.0.0.1",
                     dashboard_address=None,
+                    # Without a dashboard there is still a server of HTTP, on port 8787 unless told otherwise.
+                    scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
                     local_directory=stack.enter_context(tempfile.TemporaryDirectory(prefix="propensity-dask-")),
                 )
             )

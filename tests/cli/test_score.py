@@ -101,6 +101,16 @@ def test_everybody_gets_the_score_of_the_running_service(
     assert len({answer["segment"] for answer in answers}) >= 4
 
 
+@pytest.mark.parametrize("at", ["2200-01-01", "1990-01-01"])
+def test_a_moment_at_which_no_event_counts_is_pointed_out(open_shop: Shop, tmp_path: Path, at: str) -> None:
+    done = score(open_shop, tmp_path / "scores", "--at", at)
+    assert done.status == 0
+    assert "Note: everybody is scored as somebody new: the events are of 20" in done.err
+    assert f"none of them counts at {at}; name the moment with --at" in done.err
+    assert {row["last_event_ms"] for row in rows(tmp_path / "scores").values()} == {0}
+    assert "Note:" not in score(open_shop, tmp_path / "scores").err
+
+
 def test_a_version_and_features_are_chosen_and_wrong_names_told(open_shop: Shop, tmp_path: Path) -> None:
     version = open_shop.model.name
     done = score(open_shop, tmp_path / "out", "--version", version, "--features", "views, device", "--threads", 1)
