@@ -158,6 +158,14 @@ class Known(NamedTuple):
     identifiers: Identifiers
 
 
+class Copy(NamedTuple):
+    """What a destination has of an audience: when it was last in step, if ever, and how many people it may have."""
+
+    destination: str
+    synced_ms: int | None
+    size: int
+
+
 class Lease(NamedTuple):
     """The right to write to a destination, which ends unless it is held for longer in time."""
 
@@ -253,10 +261,6 @@ def _engine(url: str) -> sa.Engine:
     try:
         parsed = sa.make_url(url)
         if parsed.get_backend_name() == "sqlite":
-            if parsed.database not in (None, "", ":memory:"):
-                path = Path(str(parsed.database))
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.touch(mode=0o600)  # it names people, although by hashes alone
             return _with_immediate_transactions(sa.create_engine(parsed, connect_args={"timeout": 30}))
         if parsed.get_backend_name() == "postgresql":
             return sa.create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True)
@@ -361,6 +365,15 @@ class Ledger:
             found = connection.execute(wanted.where(lists.c.destination == destination).order_by(lists.c.audience))
             return [List(*row) for row in found]
 
+    def copies(self, audience: str) -> list[Copy]:
+        """What destinations have of an audience, by destination."""
+        held = (members.c.list == lists.c.id) & (members.c.identifiers != packed({}))
+        found = sa.select(lists.c.destination, lists.c.synced_ms, sa.func.count(members.c.key))
+        found = found.select_from(lists.outerjoin(members, held)).where(lists.c.audience == audience)
+        with self.reading.connect() as connection:
+            rows = connection.execute(found.group_by(lists.c.id).order_by(lists.c.destination))
+            return [Copy(*row) for row in rows]
+
     def list_of(self, destination: str, audience: str) -> List:
         """The list of an audience; a new one has no members and is not opened."""
         row = {"destination": destination, "audience": audience, "stale": True}
@@ -402,12 +415,6 @@ class Ledger:
             if len(rows) < page:
                 return
             after = bytes(rows[-1][0])
-
-    def size(self, own: List) -> int:
-        """How many members the platform may have."""
-        maybe = (members.c.list == own.id) & (members.c.identifiers != packed({}))
-        with self.reading.connect() as connection:
-            return int(connection.execute(sa.select(sa.func.count()).where(maybe)).scalar_one())
 
     def forget(self, own: List, keys: Sequence[bytes], erased: Sequence[bytes] = ()) -> None:
         """Drop members of whom the platform has nothing, and of those who were erased what was sent before."""
@@ -607,15 +614,49 @@ def _number(connection: sa.Connection, insert: sa.Insert) -> int:
 @contextmanager
 def opened(url: str) -> Iterator[Ledger]:
     """The ledger at an address, its tables made where they are missing. Raises PropensityError."""
-    engine = _engine(url)
-    try:
+    with _connected(url) as engine:
+        if (file := _file(engine)) is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch(mode=0o600)  # it names people, although by hashes alone
         _prepare(engine)
         yield Ledger(engine)
+
+
+@contextmanager
+def existing(url: str) -> Iterator[Ledger | None]:
+    """The ledger at an address, to read it; None where there is none, and none is made. Raises PropensityError."""
+    with _connected(url) as engine:
+        file, ledger = _file(engine), Ledger(engine)
+        if file is not None and not file.exists():
+            yield None
+            return
+        with ledger.reading.connect() as connection:
+            is_there = sa.inspect(connection).has_table(_schema.name)
+            if is_there:
+                _require_ours(connection.execute(sa.select(_schema.c.version)).scalar_one_or_none())
+        yield ledger if is_there else None
+
+
+@contextmanager
+def _connected(url: str) -> Iterator[sa.Engine]:
+    engine = _engine(url)
+    try:
+        yield engine
     except sa.exc.DBAPIError as error:
-        where = sa.make_url(url).render_as_string(hide_password=True)
-        raise PropensityError(f"the ledger {where} failed: {str(error.orig).strip().splitlines()[0]}") from error
+        raise PropensityError(f"the ledger {shown(url)} failed: {str(error.orig).strip().splitlines()[0]}") from error
     finally:
         engine.dispose()
+
+
+def shown(url: str) -> str:
+    """An address without its password."""
+    return sa.make_url(url).render_as_string(hide_password=True)
+
+
+def _file(engine: sa.Engine) -> Path | None:
+    """The file of a ledger in SQLite that is not in memory."""
+    database = engine.url.database
+    return Path(database) if engine.dialect.name == "sqlite" and database and database != ":memory:" else None
 
 
 def _prepare(engine: sa.Engine) -> None:
@@ -626,8 +667,12 @@ def _prepare(engine: sa.Engine) -> None:
         found = connection.execute(sa.select(_schema.c.version)).scalar_one_or_none()
         if found is None:
             connection.execute(_schema.insert().values(version=VERSION))
-        elif found != VERSION:
-            raise PropensityError(
-                f"the ledger was written by another version of Propensity (its tables are {found}, not {VERSION}); "
-                "use that version, or give another ledger"
-            )
+        _require_ours(found)
+
+
+def _require_ours(version: int | None) -> None:
+    if version not in (None, VERSION):
+        raise PropensityError(
+            f"the ledger was written by another version of Propensity (its tables are {version}, not {VERSION}); "
+            "use that version, or give another ledger"
+        )

@@ -76,27 +76,31 @@ class Live:
     ) -> Iterator[Candidate]:
         """All members, page by page; who agreed agreed to the destination's purpose and to the audience's."""
         definition = self._audiences[audience][1]
-        purposes = {str(purpose), definition.get("purpose") or str(purpose)}
+        purposes = {purpose, definition.get("purpose") or purpose}
         cursor = None
         while True:
             page = self.run(self.members.page(audience, cursor, PAGE))
             ids = [member.visitor_id for member in page.items]
-            known: list[Known] = self.run(self.identities.read(ids)) if ids else []
-            values = self.run(self._fields(definition, page.items, fields)) if ids else []
-            for visitor_id, one, own in zip(ids, known, values, strict=True):
-                allowed = all(one.consents.get(name, False) for name in purposes)
-                person = Person(key_of(visitor_id), one.identifiers if allowed else {}, own if allowed else {})
-                yield Candidate(person, one.rules, allowed)
+            yield from self.people(ids, self.run(self._fields(definition, ids, fields)), purposes)
             cursor = page.cursor
             if cursor is None:
                 return
 
+    def people(
+        self, ids: Sequence[str], values: Sequence[Mapping[str, str | float]], purposes: Collection[str]
+    ) -> Iterator[Candidate]:
+        """Visitors with the values of their fields; who is allowed agreed to all the purposes."""
+        known: list[Known] = self.run(self.identities.read(ids)) if ids else []
+        for visitor_id, one, own in zip(ids, known, values, strict=True):
+            allowed = all(one.consents.get(name, False) for name in purposes)
+            person = Person(key_of(visitor_id), one.identifiers if allowed else {}, own if allowed else {})
+            yield Candidate(person, one.rules, allowed)
+
     async def _fields(
-        self, definition: Mapping[str, Any], members: Sequence[Any], fields: Sequence[str]
+        self, definition: Mapping[str, Any], ids: Sequence[str], fields: Sequence[str]
     ) -> list[dict[str, str | float]]:
-        found: list[dict[str, str | float]] = [{} for _ in members]
+        found: list[dict[str, str | float]] = [{} for _ in ids]
         model = definition.get("model")
-        ids = [member.visitor_id for member in members]
         if model and "propensity" in fields:
             for own, score in zip(found, await self.propensities.of(model, ids), strict=True):
                 if score is not None:

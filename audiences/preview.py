@@ -9,19 +9,24 @@ from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from audiences import budget, membership, refresh
 from audiences.budget import Expectation
 from audiences.definitions import Audience, Definitions, nearest
 from audiences.document import InvalidDefinitions
-from audiences.population import Flags, Snapshot
+from audiences.population import Flags, Population, Snapshot
 from audiences.refresh import Lists, Refreshed, Scores
+from audiences.sent import Chosen, Sent
+from audiences.sync import Counts
 from service.core.bundle import Bundle
 from service.core.spec import format_duration
 
 BINS: Final = 24
 
 _INK, _MUTED, _OTHERS, _MEMBERS = "#1f2733", "#66707f", "#c9d1dc", "#2b6cb0"
+_CHANGED, _REMOVED = "#8fb4d9", "#c2673a"
+_MOST_BARS: Final = 8
 
 
 class Histogram(NamedTuple):
@@ -53,6 +58,8 @@ class Preview:
     thresholds: tuple[float, float] | None  # of a cut: to leave below, to enter from
     histogram: Histogram | None
     overlaps: Sequence[Overlap]
+    chosen: Chosen
+    sent: Sequence[Sent] = ()  # by destination
 
     @property
     def audience(self) -> Audience:
@@ -113,7 +120,16 @@ async def preview(
         thresholds=audience.cut.thresholds(audience.margin or 0.0) if audience.cut is not None else None,
         histogram=histogram(said[~np.isnan(said)], said[own]) if said is not None else None,
         overlaps=overlaps(name, decided),
+        chosen=_chosen(everyone, audience, own),
     )
+
+
+def _chosen(everyone: Population, audience: Audience, own: Flags) -> Chosen:
+    ids = everyone.ids.filter(pa.array(own)).to_pylist()
+    if audience.model is None:
+        return Chosen(ids)
+    said = everyone.models[audience.model]
+    return Chosen(ids, said.propensity[own], said.segment[own] if said.segment is not None else None)
 
 
 def histogram(everyone: npt.NDArray[np.float32], members: npt.NDArray[np.float32]) -> Histogram:
@@ -137,11 +153,16 @@ def plot(preview: Preview, path: Path) -> None:
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(9.6, 4.4), dpi=110, layout="constrained")
+        figure = Figure(figsize=(9.6, 4.4 if not preview.sent else 5.4), dpi=110, layout="constrained")
         FigureCanvasAgg(figure)
-        left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-        _draw_scores(left, preview)
-        _draw_overlaps(right, preview)
+        left, right = figure.subfigures(1, 2, width_ratios=(3, 2), squeeze=False)[0]
+        _draw_scores(left.subplots(), preview)
+        if preview.sent:
+            above, below = right.subplots(2, 1, height_ratios=(3, 2))
+            _draw_sent(below, preview.sent[:_MOST_BARS])
+        else:
+            above = right.subplots()
+        _draw_overlaps(above, preview)
         figure.suptitle(title(preview), x=0.01, ha="left", color=_INK, fontsize=11, fontweight="bold")
         figure.savefig(path, metadata={"Software": None} if path.suffix == ".png" else None)
 
@@ -187,7 +208,7 @@ def _draw_overlaps(axes: object, preview: Preview) -> None:
     from matplotlib.axes import Axes
 
     assert isinstance(axes, Axes)
-    shown = [one for one in preview.overlaps if one.both][:8]
+    shown = [one for one in preview.overlaps if one.both][:_MOST_BARS]
     axes.set_title("of its members are also in", loc="left", color=_MUTED, fontsize=9)
     if not shown:
         axes.set_axis_off()
@@ -203,3 +224,41 @@ def _draw_overlaps(axes: object, preview: Preview) -> None:
     for place, (share, one) in enumerate(zip(shares, shown, strict=True)):
         axes.text(share + 1.5, place, f"{one.both:,}", va="center", color=_INK)
     axes.set_xlabel("percent")
+
+
+def _draw_sent(axes: object, sent: Sequence[Sent]) -> None:
+    from matplotlib.axes import Axes
+    from matplotlib.ticker import MaxNLocator
+
+    assert isinstance(axes, Axes)
+    axes.set_title("since the last synchronisation", loc="left", color=_MUTED, fontsize=9)
+    places = np.arange(len(sent))
+    counts = [one.next or Counts(one.destination) for one in sent]
+    end = np.zeros(len(sent), np.int64)
+    for label, color, numbers in (
+        ("unchanged", _OTHERS, [one.unchanged for one in counts]),
+        ("changed", _CHANGED, [one.added - one.entering for one in counts]),
+        ("new", _MEMBERS, [one.entering for one in counts]),
+    ):
+        axes.barh(places, numbers, left=end, color=color, height=0.5, label=label)
+        end += numbers
+    removed = max(one.removed for one in counts)
+    axes.barh(places, [-one.removed for one in counts], color=_REMOVED, height=0.5, label="to remove")
+    axes.axvline(0, color=_INK, linewidth=0.8)
+    axes.set_xlim(-1.1 * removed, max(1.6 * end.max(), 0.6 * removed, 1))
+    for place, one in enumerate(sent):
+        told = f"+{one.next.entering:,}  \N{MINUS SIGN}{one.next.removed:,}" if one.next is not None else "not known"
+        axes.text(end[place], place, f" {told}", va="center", color=_INK if one.next is not None else _MUTED)
+    axes.set_yticks(places, [one.destination for one in sent])
+    axes.set_ylim(max(len(sent), 3) - 0.5, -0.6)
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{abs(value):,.0f}")
+    axes.legend(
+        frameon=False,
+        loc="upper right",
+        bbox_to_anchor=(1.02, -0.2),
+        ncols=4,
+        fontsize=8,
+        handlelength=1,
+        columnspacing=1,
+    )

@@ -61,15 +61,25 @@ class Counts:
         """Whether the destination has what it should."""
         return not (self.refused or self.refused_before or self.not_removed)
 
+    def causes(self, operation: str) -> dict[str, int]:
+        """How many members an operation was sent of, by cause."""
+        mark = f"{operation}: "
+        return {why.removeprefix(mark): number for why, number in sorted(self.why.items()) if why.startswith(mark)}
+
     @property
     def added(self) -> int:
         """Members that were sent, for the first time or since something changed."""
-        return sum(number for cause, number in self.why.items() if cause.startswith(ADD))
+        return sum(self.causes(ADD).values())
+
+    @property
+    def entering(self) -> int:
+        """Of them, those who were not sent before."""
+        return self.causes(ADD).get(plan.ENTERED, 0)
 
     @property
     def removed(self) -> int:
         """Members whose removal was sent."""
-        return sum(number for cause, number in self.why.items() if cause.startswith(REMOVE))
+        return sum(self.causes(REMOVE).values())
 
     @property
     def all_refused(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cli.audiences.sync import Destinations, LedgerUrl, address, console_of_results
 from cli.installed import need
 from cli.progress import console, stages
 from service.core.errors import PropensityError
@@ -22,6 +24,7 @@ if TYPE_CHECKING:  # the serving image has no audiences
     from audiences.population import Snapshot
     from audiences.preview import Preview
     from audiences.refresh import Lists, Outcome, Scores
+    from audiences.sent import Sent
     from service.core.bundle import Bundle
 
 FILE: Final = Path("audiences.yaml")
@@ -97,8 +100,10 @@ def preview(
     definitions: DefinitionsFile = FILE,
     artifacts: Artifacts = Path("artifacts"),
     plot: Annotated[Path | None, typer.Option(help="Also draw it, into a .png, .svg or .pdf.")] = None,
+    destinations: Destinations = Path("destinations.yaml"),
+    ledger: LedgerUrl = None,
 ) -> None:
-    """Show what an audience would be with these scores, and what that changes. Nothing is written."""
+    """Show what an audience would be with these scores, and what that changes. Nothing is written, nothing is sent."""
     need("audiences.preview", "matplotlib", extra="audiences")
     from audiences import definitions as reading
     from audiences import preview as previewing
@@ -116,6 +121,7 @@ def preview(
                 return await previewing.preview(read, name, snapshots, bundles, members, propensities, now_ms, report)
 
     found = asyncio.run(run())
+    found = replace(found, sent=_sent(found, destinations, ledger))
     _print_preview(found)
     if plot is not None:
         plot.parent.mkdir(parents=True, exist_ok=True)
@@ -147,6 +153,29 @@ async def _lists(bundles: Mapping[str, Bundle]) -> AsyncIterator[tuple[Lists, Sc
     # A page of ten thousand visitors may take it longer than a score may.
     async with open_store(settings.model_copy(update={"redis_timeout_ms": 30_000}), history_ms) as store:
         yield Members(store), Propensities(store)
+
+
+def _sent(found: Preview, destinations: Path, url: str | None) -> list[Sent]:
+    """What each destination of an audience was sent, by the ledger, and would be sent."""
+    from audiences import ledger as ledgers
+    from audiences import sent
+    from audiences.destinations import registry
+    from audiences.live import Live
+    from service.settings import load
+
+    settings = load()
+    where = address(url, settings)
+    with ledgers.existing(where) as known, ledgers.opened("sqlite://") as nothing:
+        if known is None and found.audience.destinations:
+            console.print(
+                f"[yellow]Note:[/] there is no ledger at {escape(ledgers.shown(where))}, so nothing is known to have "
+                "been sent; name one with --ledger, or begin one with propensity audiences sync",
+                soft_wrap=True,
+            )
+        with stages() as report, Live(settings) as live:
+            wanted = sent.Foreseen(live, found.audience, found.chosen)
+            entry = lambda name: registry.load(destinations).destination(name)  # noqa: E731
+            return sent.compare(known or nothing, wanted, found.audience.name, entry, report)
 
 
 async def _known() -> dict[str, str]:
@@ -241,7 +270,7 @@ def _print_outcome(outcome: Outcome) -> None:
 def _print_preview(found: Preview) -> None:
     from audiences.refresh import iso
 
-    out, audience = Console(), found.audience
+    out, audience = console_of_results(), found.audience
     table = Table(title=f"{audience.name}, as of {iso(found.at_ms)}", show_header=False, title_justify="left")
     table.add_column("what")
     table.add_column("how much")
@@ -258,6 +287,41 @@ def _print_preview(found: Preview) -> None:
             shares = (one.both / size if size else 0.0 for size in (found.found.members, one.size))
             other.add_row(escape(one.name), f"{one.size:,}", f"{one.both:,}", *(f"{share:.1%}" for share in shares))
         out.print(other)
+    if found.sent:
+        out.print(_since_sent(found.sent))
+    for problem in dict.fromkeys(one.problem for one in found.sent if one.problem):
+        names = ", ".join(one.destination for one in found.sent if one.problem == problem)
+        console.print(
+            f"[yellow]Note:[/] what would be sent to {escape(names)} is not known: {escape(problem)}", soft_wrap=True
+        )
+
+
+def _since_sent(sent: Sequence[Sent]) -> Table:
+    from audiences.ledger import ADD, REMOVE
+    from audiences.plan import ENTERED
+    from audiences.refresh import iso
+
+    table = Table(title="Since the last synchronisation, if refreshed and synchronised now", title_justify="left")
+    for heading in ("destination", "last in step", "has", "unchanged", "changed", "new", "to remove", "refused"):
+        table.add_column(heading, justify="left" if heading in ("destination", "last in step") else "right")
+    table.add_column("without consent", justify="right")
+    for one in sent:
+        counts = one.next
+        numbers: tuple[str, ...] = ("?",) * 6
+        if counts is not None:
+            changed = {why: count for why, count in counts.causes(ADD).items() if why != ENTERED}
+            sizes = (counts.refused_before, counts.without_consent)
+            sums = (_sum(changed), f"{counts.entering:,}", _sum(counts.causes(REMOVE)))
+            numbers = (f"{counts.unchanged:,}", *sums, *(f"{size:,}" for size in sizes))
+        moment = iso(one.synced_ms) if one.synced_ms is not None else "never"
+        table.add_row(escape(one.destination), moment, f"{one.has:,}", *numbers)
+    return table
+
+
+def _sum(why: Mapping[str, int]) -> str:
+    """How many, and of which causes: `12 (consent 3, left 9)`."""
+    told = ", ".join(f"{cause} {count:,}" for cause, count in why.items())
+    return f"{sum(why.values()):,}{f' ({told})' if told else ''}"
 
 
 def _facts(found: Preview) -> list[tuple[str, str]]:

@@ -35,6 +35,12 @@ def scores(count: int = 100, shift: float = 0.0) -> dict[str, float]:
     return {f"visitor-{place}": min(1.0, max(0.0, place / count + shift)) for place in range(count)}
 
 
+def cells(out: str, first: str) -> list[str]:
+    """The cells of the line of a table that begins with a word."""
+    line = next(line for line in out.splitlines() if line.startswith(f"│ {first} "))
+    return [cell.strip() for cell in line.strip("│").split("│")]
+
+
 def test_audiences_are_listed_without_a_feature_cache(run: Run) -> None:
     done = run("audiences", "list", "--definitions", EXAMPLE, "--no-sizes")
     assert done.status == 0
@@ -81,6 +87,10 @@ def test_a_preview_a_refresh_and_a_list_agree(
     assert shown.status == 0, shown
     assert "20 (20.0% of 100 visitors)" in shown.out
     assert "20 enter, 0 leave; it had 0" in shown.out
+    assert "there is no ledger at sqlite:///.propensity/ledger.db, so nothing is known to have been sent" in shown.err
+    assert "what would be sent to google is not known: destinations.yaml: No such file or directory" in shown.err
+    assert not (tmp_path / ".propensity").exists()
+    (tmp_path / "destinations.yaml").write_text("destinations: {google: {kind: files, url: lists, purpose: ads}}")
     assert (tmp_path / "best.png").read_bytes().startswith(b"\x89PNG")
     done = run("audiences", "refresh", *options)
     assert done.status == 0, done
@@ -90,6 +100,8 @@ def test_a_preview_a_refresh_and_a_list_agree(
     assert " 20 " in next(line for line in listed.out.splitlines() if "best" in line)
     again = run("audiences", "preview", "best", *options)
     assert "0 enter, 0 leave; it had 20" in again.out
+    assert not again.err.count("is not known")
+    assert cells(again.out, "google") == ["google", "never", "0", "0", "0", "0", "0", "0", "20"], "nobody agreed"
     small = run("audiences", "preview", "tiny", *options)
     assert "3: only 0 qualify, so nobody is a member" in small.out
     held = run("audiences", "preview", "mobile", *options)
