@@ -168,9 +168,18 @@ async def refresh(
         found = summary(audience, stored, decision)
         await _describe(members, found, snapshots, now_ms)
         done.append(found)
+    return Outcome(now_ms, len(everyone), segments, done, unnamed(known, definitions))
+
+
+def unnamed(known: Sequence[Any], definitions: Definitions) -> list[str]:
+    """The lists that there are although the definitions do not name them."""
     own = {name for audience in definitions.ordered for name in (audience.name, audience.control)}
-    unknown = [one.name for one in known if one.name not in own]
-    return Outcome(now_ms, len(everyone), segments, done, unknown)
+    return [one.name for one in known if one.name not in own and is_kept(one)]
+
+
+def is_kept(known: Any) -> bool:
+    """Whether a list has members or a definition: of one that was removed only the changes are left."""
+    return bool(known.size or known.described_ms)
 
 
 def _require_newer(known: Sequence[Any], definitions: Definitions, now_ms: int) -> None:

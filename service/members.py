@@ -268,6 +268,10 @@ class Members:
         )
         await self._keep(audience)
 
+    async def undescribe(self, audience: str) -> None:
+        """Say nothing any more of what an audience is. Its members stay, and its changes."""
+        await self._cache.run(("HDEL", self.journal(audience).known_key, "definition", "described_ms"))
+
     async def drop(self, audience: str) -> None:
         """Forget an audience with its members and changes. Cut off, it is ended by another call."""
         await self._cache.run(*(("DEL", self._key(audience, shard)) for shard in range(SHARDS)))

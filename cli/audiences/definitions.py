@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from rich.console import Console
@@ -21,11 +22,13 @@ from service.core.errors import PropensityError
 
 if TYPE_CHECKING:  # the serving image has no audiences
     from audiences.definitions import Audience
+    from audiences.ledger import Copy
     from audiences.population import Snapshot
     from audiences.preview import Preview
-    from audiences.refresh import Lists, Outcome, Scores
+    from audiences.refresh import Outcome, Scores
     from audiences.sent import Sent
     from service.core.bundle import Bundle
+    from service.members import Members
 
 FILE: Final = Path("audiences.yaml")
 _BAR: Final = " ▏▎▍▌▋▊▉█"
@@ -44,6 +47,7 @@ def register(group: typer.Typer) -> None:
     group.command("list")(list_)
     group.command()(refresh)
     group.command()(preview)
+    group.command()(remove)
 
 
 def list_(
@@ -55,7 +59,7 @@ def list_(
     from audiences import definitions as reading
 
     read = reading.load(definitions)
-    known = asyncio.run(_known()) if sizes else {}
+    known = {one.name: f"{one.size:,}" for one in asyncio.run(_known())} if sizes else {}
     table = Table(title=escape(str(definitions)))
     table.add_column("audience", no_wrap=True)
     for heading in ("chosen by", "but", "sent to"):
@@ -129,6 +133,54 @@ def preview(
         console.print(f"Plot: {escape(str(plot))}", soft_wrap=True)
 
 
+def remove(
+    names: Annotated[list[str], typer.Argument(help="Audiences that the definitions do not name any more.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed, and remove nothing.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Also where people are on lists of it at destinations.")] = False,
+    definitions: DefinitionsFile = FILE,
+    ledger: LedgerUrl = None,
+) -> None:
+    """End audiences that were taken out of the definitions. The next synchronisation empties their lists elsewhere."""
+    need("audiences.removal", "audiences.ledger", extra="audiences")
+    from audiences import definitions as reading
+    from audiences import ledger as ledgers
+    from audiences import removal
+    from service.settings import load
+
+    read = reading.load(definitions)
+    where = address(ledger, load())
+    known = asyncio.run(_known())
+    chosen = removal.chosen(known, read, names)
+    with ledgers.existing(where) as found:
+        copies = {one.name: found.copies(one.name) if found is not None else [] for one in chosen}
+        unknown = sorted({name for one in chosen for name in removal.destinations(one)}) if found is None else []
+    _print_removal(known, chosen, copies)
+    held = sorted({copy.destination for own in copies.values() for copy in own if copy.size})
+    if dry_run:
+        return
+    if unknown and not yes:
+        raise PropensityError(
+            f"there is no ledger at {ledgers.shown(where)}, so it is not known who is on the lists of "
+            f"{', '.join(unknown)}; name it with --ledger URL, or say --yes"
+        )
+    if held and not yes:
+        raise PropensityError(
+            f"the next synchronisation would empty lists at {', '.join(held)}; say --yes if that is meant"
+        )
+
+    async def run() -> int:
+        now_ms = time.time_ns() // 1_000_000
+        with stages() as report:
+            async with _lists({}) as (members, _):
+                return sum([await removal.remove(members, one.name, now_ms, report) for one in chosen])
+
+    console.print(f"{asyncio.run(run()):,} left, those held out among them.", markup=False)
+    ended = {own for one in chosen for own in (one.name, f"{one.name}{reading.CONTROL}")}
+    last = "" if any(one.definition for one in known if one.name not in ended) else " --remove-all"
+    for name in held:
+        console.print(f"To empty its lists: propensity audiences sync --to {name}{last}", markup=False, soft_wrap=True)
+
+
 # --- what the commands read ---
 
 
@@ -141,7 +193,7 @@ def _scored(directories: Sequence[Path], artifacts: Path) -> tuple[list[Snapshot
 
 
 @asynccontextmanager
-async def _lists(bundles: Mapping[str, Bundle]) -> AsyncIterator[tuple[Lists, Scores]]:
+async def _lists(bundles: Mapping[str, Bundle]) -> AsyncIterator[tuple[Members, Scores]]:
     """Where members and scores are kept: the feature cache of the service with the same settings."""
     from service.app import open_store
     from service.members import Members
@@ -178,9 +230,9 @@ def _sent(found: Preview, destinations: Path, url: str | None) -> list[Sent]:
             return sent.compare(known or nothing, wanted, found.audience.name, entry, report)
 
 
-async def _known() -> dict[str, str]:
+async def _known() -> Sequence[Any]:
     async with _lists({}) as (members, _):
-        return {one.name: f"{one.size:,}" for one in await members.names()}
+        return await members.names()
 
 
 # --- how an audience is told ---
@@ -262,9 +314,23 @@ def _print_outcome(outcome: Outcome) -> None:
             )
     if outcome.unknown:
         console.print(
-            f"[yellow]Note:[/] not in the definitions, and left as they are: {escape(', '.join(outcome.unknown))}",
+            f"[yellow]Note:[/] not in the definitions, and left as they are: {escape(', '.join(outcome.unknown))}; "
+            "see propensity audiences remove",
             soft_wrap=True,
         )
+
+
+def _print_removal(known: Sequence[Any], chosen: Sequence[Any], copies: Mapping[str, Sequence[Copy]]) -> None:
+    from audiences.definitions import CONTROL
+
+    sizes = {one.name: one.size for one in known}
+    table = Table(title="What would be removed")
+    for heading in ("audience", "members", "held out", "people on its lists"):
+        table.add_column(heading, justify="right" if heading in ("members", "held out") else "left")
+    for one in chosen:
+        held = ", ".join(f"{copy.destination} {copy.size:,}" for copy in copies[one.name] if copy.size)
+        table.add_row(escape(one.name), f"{one.size:,}", f"{sizes.get(f'{one.name}{CONTROL}', 0):,}", escape(held))
+    console_of_results().print(table)
 
 
 def _print_preview(found: Preview) -> None:

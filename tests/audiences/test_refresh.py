@@ -175,7 +175,9 @@ async def test_lists_that_the_definitions_do_not_name_are_told_and_left(
     write_scores: WriteScores, two_models: Path
 ) -> None:
     lists, scores = Lists(), Scores()
-    await lists.change("elsewhere", {"anna": 1}, [], 1, "qualifies")
+    for name in ("elsewhere", "removed"):
+        await lists.change(name, {"anna": 1}, [], 1, "qualifies")
+    await lists.change("removed", {}, ["anna"], 2, "removed")
     done = await Day(write_scores, two_models, 1, AT_MS).refresh(lists, scores)
     assert done.unknown == ["elsewhere"]
     assert lists.members["elsewhere"] == {"anna": 1}

@@ -131,6 +131,55 @@ def test_who_is_erased_or_withdraws_is_gone_from_everything_after_the_next_run(
     assert hash_of(withdrawn) not in text
 
 
+def test_an_audience_that_is_removed_is_gone_from_its_list_after_the_next_run(
+    run: Run, world: World, tmp_path: Path
+) -> None:
+    destinations(tmp_path, ours=lists())
+    (tmp_path / "audiences.yaml").write_text("audiences: {first: {last_event: {within: 1d}}}")
+    ledger = ("--ledger", f"sqlite:///{tmp_path / 'ledger.db'}")
+    without = run("remove", "second", *ledger)
+    assert (without.status, "so it is not known who is on the lists of ours" in without.err) == (2, True)
+    assert run("sync", "--to", "ours", *ledger).status == 0
+    held = rows(tmp_path / "lists" / "second.ndjson")
+    inside = sum("second" in one.audiences for one in world.visitors)
+    for arguments, status in (("--dry-run",), 0), ((), 2):
+        shown = run("remove", "second", *arguments, *ledger)
+        assert shown.status == status
+        line = next(line for line in shown.out.splitlines() if "second" in line)
+        assert [cell.strip() for cell in line.strip("│").split("│")] == [
+            "second",
+            f"{inside}",
+            "0",
+            f"ours {len(held)}",
+        ]
+        assert ("would empty lists at ours; say --yes if that is meant" in shown.err) == bool(status)
+        assert world.runner.run(world.members.size("second")) == inside
+    done = run("remove", "second", "--yes", *ledger)
+    assert done.status == 0
+    assert done.err.splitlines() == [
+        f"{inside} left, those held out among them.",
+        "To empty its lists: propensity audiences sync --to ours",
+    ]
+    assert world.runner.run(world.members.size("second")) == 0
+    synced = run("sync", "--to", "ours", "--json", *ledger)
+    why = {one["audience"]: one["why"] for one in json.loads(synced.out)}
+    assert why == {"first": {}, "second": {"remove: deleted": len(held)}}
+    assert rows(tmp_path / "lists" / "second.ndjson") == {}
+    assert "there is no audience 'second' to remove" in run("remove", "second", *ledger).err
+
+
+def test_where_no_audience_is_left_it_is_said_how_the_lists_are_emptied(run: Run, world: World, tmp_path: Path) -> None:
+    destinations(tmp_path, ours=lists())
+    (tmp_path / "audiences.yaml").write_text("audiences: {third: {last_event: {within: 1d}}}")
+    ledger = ("--ledger", f"sqlite:///{tmp_path / 'ledger.db'}")
+    assert run("sync", "--to", "ours", *ledger).status == 0
+    told = run("remove", "first", "second", "--yes", *ledger).err.splitlines()[-1]
+    assert told == "To empty its lists: propensity audiences sync --to ours --remove-all"
+    assert run("sync", "--to", "ours", *ledger).status == 2
+    assert run(*told.partition("propensity audiences ")[2].split(), *ledger).status == 0
+    assert rows(tmp_path / "lists" / "first.ndjson") == {}
+
+
 def hash_of(one: Visitor) -> str:
     return identity.hashed("google.email", one.email)
 
