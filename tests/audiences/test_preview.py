@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from audiences import definitions, population, preview, refresh
-from audiences.document import InvalidDefinitions
+from audiences.definitions import InvalidDefinitions
 from audiences.preview import Preview
 from tests.audiences.conftest import AT_MS, WriteScores
 from tests.audiences.lists import Lists, Scores

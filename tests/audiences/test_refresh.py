@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from audiences import definitions, population, refresh
-from audiences.document import InvalidDefinitions
+from audiences.definitions import InvalidDefinitions
 from audiences.refresh import Outcome, StaleScores
 from service.core.segments import SEGMENTS
 from service.store import Store

@@ -174,7 +174,7 @@ def test_an_anchor_that_holds_itself_is_refused(text: str) -> None:
 
 
 def test_nesting_without_end_is_refused() -> None:
-    assert refusal("model: " + "[" * 5000 + "]" * 5000) == "spec.yaml:1: is nested too deeply to be a spec"
+    assert refusal("model: " + "[" * 5000 + "]" * 5000) == "spec.yaml:1: is nested too deeply to be read"
 
 
 def test_tags_that_would_run_code_are_refused(tmp_path: Path) -> None:

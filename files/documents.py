@@ -1,15 +1,11 @@
-"""A YAML file as a plain document, with the line of every place in it.
-
-The rules of reading are those of feature specs (`training.specfile`), which audiences do not import: they are kept in
-step where nothing that trains is installed.
-"""
+"""Documents: YAML files as people write them, with the line of every place in them."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -18,12 +14,11 @@ from service.core.errors import PropensityError
 Place = tuple[str, ...]
 
 
-class InvalidDefinitions(PropensityError):
-    """Definitions of audiences that cannot be used; the message names each place and what to write instead."""
-
-
 class _Loader(yaml.SafeLoader):
-    """YAML without the surprises of version 1.1: `no`, `on`, dates and `1:30` stay text; a repeated key is refused."""
+    """YAML without the surprises of version 1.1; a repeated key is refused.
+
+    `no`, `on`, dates, `1:30`, `007` and `1_000` stay text; numbers are written as in JSON.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -37,16 +32,23 @@ class _Loader(yaml.SafeLoader):
         return {str(name): value for name, value in super().construct_mapping(node, deep).items()}
 
 
-_RESOLVERS: Final = (
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|false", list("tf")),
     ("int", r"-?(?:0|[1-9][0-9]*)", list("-0123456789")),
     ("float", r"-?(?:0|[1-9][0-9]*)?\.[0-9]+(?:[eE][-+]?[0-9]+)?", list("-0123456789.")),
     ("merge", r"<<", ["<"]),
-)
-_Loader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in _RESOLVERS:
+):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+
+
+class Kind(NamedTuple):
+    """What a document is meant to be: how it is refused that it is none, and what to do instead."""
+
+    error: type[PropensityError]
+    missing: str  # where there is no such file
+    empty: str  # where there is nothing in it
 
 
 @dataclass(frozen=True)
@@ -70,28 +72,28 @@ class Document:
         return f"{self.name}:{line + 1}: {'.'.join(place)}"
 
 
-def load(path: Path) -> Document:
-    """The document of a file. Raises InvalidDefinitions."""
+def load(path: Path, kind: Kind) -> Document:
+    """The document of a file. Raises the error of its kind, as `file:line: what is wrong`."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise InvalidDefinitions(f"{path}: no such file; give the definitions with --definitions FILE") from None
+        raise kind.error(f"{path}: no such file; {kind.missing}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidDefinitions(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    return read(text, str(path))
+        raise kind.error(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    return read(text, str(path), kind)
 
 
-def read(text: str, name: str) -> Document:
+def read(text: str, name: str, kind: Kind) -> Document:
     """The document of YAML text; `name` stands before the line in messages."""
     try:
         root = yaml.compose(text, _Loader)
         content = yaml.load(text, _Loader)  # noqa: S506 - derived from SafeLoader
     except yaml.YAMLError as error:
-        raise InvalidDefinitions(f"{name}:{_problem(error, text)}") from None
+        raise kind.error(f"{name}:{_problem(error, text)}") from None
     except RecursionError:
-        raise InvalidDefinitions(f"{name}:1: is nested too deeply to define audiences") from None
+        raise kind.error(f"{name}:1: is nested too deeply to be read") from None
     if not isinstance(root, yaml.MappingNode):
-        raise InvalidDefinitions(f"{name}:1: is empty or no mapping; begin with audiences:")
+        raise kind.error(f"{name}:1: is empty or no mapping; {kind.empty}")
     return Document(name, content, root)
 
 
