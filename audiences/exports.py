@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from audiences.destinations.protocol import Person, Purpose
 from audiences.stage import Stage
 from audiences.wanted import Candidate, Wanted
+from files import snapshots
 from service.core.errors import PropensityError
 from service.core.segments import SEGMENTS
 
@@ -59,7 +60,7 @@ class Written(NamedTuple):
 # --- bid adjustments ---
 
 
-def bids(scores: Path, lowest: int = LOWEST, highest: int = HIGHEST) -> list[Bid]:
+def bids(scores: str | Path, lowest: int = LOWEST, highest: int = HIGHEST) -> list[Bid]:
     """The bid adjustment of each segment of a snapshot, best segment first.
 
     With the mean propensity r of all visitors and r(s) of the segment's, both in (0, 1], the adjustment in percent is
@@ -87,15 +88,15 @@ def _bid(name: str, visitors: int, sum_: float, overall: float, lowest: int, hig
     return Bid(name, visitors, rate, min(max(round(100 * (rate / overall - 1)), lowest), highest))
 
 
-def _sums(scores: Path) -> tuple[dict[str, int], dict[str, float]]:
+def _sums(scores: str | Path) -> tuple[dict[str, int], dict[str, float]]:
     """Visitors and expected conversions of each segment."""
-    files = sorted(scores.glob("part-*.parquet"))
-    if not files:
+    found = snapshots.find(scores)
+    if not found.parts:
         raise PropensityError(f"{scores}: no part-*.parquet; name the directory that propensity score --out wrote")
     visitors: dict[str, int] = {}
     sums: dict[str, float] = {}
-    for file in files:
-        for batch in _batches(file):
+    for part in found.parts:
+        for batch in _batches(part, found.filesystem):
             groups = pa.Table.from_batches([batch]).group_by("segment")
             for row in groups.aggregate([("propensity", "sum"), ("propensity", "count")]).to_pylist():
                 name = row["segment"]
@@ -104,9 +105,9 @@ def _sums(scores: Path) -> tuple[dict[str, int], dict[str, float]]:
     return visitors, sums
 
 
-def _batches(file: Path) -> Iterator[pa.RecordBatch]:
+def _batches(file: str, filesystem: Any) -> Iterator[pa.RecordBatch]:
     try:
-        with pq.ParquetFile(file) as read:
+        with pq.ParquetFile(file, filesystem=filesystem) as read:
             lacking = {"propensity", "segment"} - set(read.schema_arrow.names)
             if lacking:
                 raise PropensityError(f"{file}: has no column {', '.join(sorted(lacking))}; name a snapshot of scores")

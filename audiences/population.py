@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from audiences.definitions import categories
+from files.snapshots import Found, find
 from service.core import bundle
 from service.core.bundle import Bundle
 from service.core.errors import PropensityError
@@ -39,12 +40,12 @@ class UnreadableScores(PropensityError):
 class Snapshot:
     """A directory of scores: of which version of which model, and of when."""
 
-    path: Path
+    path: str | Path
     model: str
     version: str
     at_ms: int
     rows: int
-    files: tuple[Path, ...]
+    found: Found
     features: tuple[str, ...]
 
 
@@ -94,19 +95,19 @@ class Population:
         return np.asarray(found, np.int64)
 
 
-def open_snapshot(path: Path) -> Snapshot:
-    """What a directory of scores is of. Raises UnreadableScores."""
-    files = tuple(sorted(path.glob("part-*.parquet")))
-    if not files:
+def open_snapshot(path: str | Path) -> Snapshot:
+    """What a directory of scores, by its path or URL, is of. Raises PropensityError."""
+    found = find(path)
+    if not found.parts:
         raise UnreadableScores(
             f"{path}: holds no part-*.parquet; give a directory that propensity score --events FILES --out DIR wrote"
         )
     try:
-        names = pq.read_schema(files[0]).names
+        names = pq.read_schema(found.parts[0], filesystem=found.filesystem).names
         missing = [name for name in _REQUIRED if name not in names]
         if missing:
             raise UnreadableScores(f"{path}: has no column {missing[0]}; write it with propensity score --events")
-        table = pq.ParquetDataset(list(map(str, files))).read(columns=["model", "version", "at"])
+        table = _read(found, ["model", "version", "at"])
     except (pa.ArrowException, OSError) as error:
         raise UnreadableScores(f"{path}: cannot be read ({error}); write it anew with propensity score") from None
     said = {name: pc.unique(table[name]) for name in table.column_names}
@@ -116,7 +117,7 @@ def open_snapshot(path: Path) -> Snapshot:
         )
     at_ms = said["at"].cast(pa.timestamp("ms", "UTC")).cast(pa.int64())[0].as_py()
     features = tuple(name for name in names if name not in (*_REQUIRED, "percentile", "segment"))
-    return Snapshot(path, said["model"][0].as_py(), said["version"][0].as_py(), at_ms, len(table), files, features)
+    return Snapshot(path, said["model"][0].as_py(), said["version"][0].as_py(), at_ms, len(table), found, features)
 
 
 def load(
@@ -154,7 +155,7 @@ def _table(snapshot: Snapshot, features: Sequence[str]) -> dict[str, Any]:
         )
     names = ["visitor_id", "propensity", "last_event_ms", *features]
     try:
-        table = pq.ParquetDataset(list(map(str, snapshot.files))).read(columns=names)
+        table = _read(snapshot.found, names)
     except (pa.ArrowException, OSError) as error:
         raise UnreadableScores(
             f"{snapshot.path}: cannot be read ({error}); write it anew with propensity score"
@@ -167,6 +168,10 @@ def _table(snapshot: Snapshot, features: Sequence[str]) -> dict[str, Any]:
     if not ((scores >= 0) & (scores <= 1)).all():
         raise UnreadableScores(f"{snapshot.path}: has a propensity that is no probability; write it anew")
     return found
+
+
+def _read(found: Found, columns: Sequence[str]) -> Any:
+    return pq.ParquetDataset(list(found.parts), filesystem=found.filesystem).read(columns=list(columns))
 
 
 def _whole(column: Any) -> Any:
@@ -189,7 +194,7 @@ def drawn(ids: Sequence[str]) -> npt.NDArray[np.uint64]:
 
 def require_apart(snapshots: Sequence[Snapshot]) -> None:
     """Raise UnreadableScores where two directories are of one model."""
-    seen: dict[str, Path] = {}
+    seen: dict[str, str | Path] = {}
     for one in snapshots:
         if one.model in seen:
             raise UnreadableScores(

@@ -37,7 +37,9 @@ def score(
         list[str] | None,
         typer.Option(help="Score all visitors of these files, without a service: a file, glob or directory."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="With --events: directory of Parquet files to write.")] = None,
+    out: Annotated[
+        str | None, typer.Option(help="With --events: directory of Parquet files to write, a path or a URL of fsspec.")
+    ] = None,
     at: Annotated[str, typer.Option(help="With --events: the moment to score at, ISO 8601, or now.")] = "now",
     features: Annotated[
         str | None, typer.Option(help="With --events: features to write too, as views_7d,device; or all.")

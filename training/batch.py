@@ -1,16 +1,13 @@
 """Batch scoring: every visitor of event files, scored as the service would at one moment, into a directory of Parquet.
 
-A snapshot is a directory of `part-NNNNN.parquet`, one model at one moment, each visitor once, in no order. Events are
-read into partitions by visitor; a partition is scored on its own, so any number of processes or machines can share the
-work, and the same bits come out.
+A snapshot is one model at one moment, each visitor once, in no order; `files.snapshots` puts it in its place. Events
+are read into partitions by visitor; a partition is scored on its own, so any number of processes or machines can share
+the work, and the same bits come out.
 """
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +18,7 @@ import numpy.typing as npt
 import pyarrow
 import pyarrow.parquet
 
+from files import snapshots
 from service.core import bundle, features
 from service.core.bundle import Bundle
 from service.core.errors import PropensityError
@@ -76,7 +74,7 @@ class Job:
 class Snapshot:
     """What was written."""
 
-    path: Path
+    path: str | Path
     model: str
     version: str
     at_ms: int
@@ -99,20 +97,21 @@ def score(
     paths: Sequence[str],
     model: Path,
     at_ms: int,
-    out: Path,
+    out: str | Path,
     options: Options,
     engine: Engine,
     on_progress: Progress = lambda stage, share: None,
 ) -> Snapshot:
     """Score all visitors of event files by the bundle in `model` as of at_ms, and write the snapshot `out`.
 
-    An existing snapshot of that name is replaced when the new one is whole. Raises PropensityError.
+    That is a path, or a URL of fsspec. An existing snapshot of that name is replaced when the new one is whole. Raises
+    PropensityError.
     """
     loaded = bundle.load(model)
     columns = _columns(loaded, options.columns)
     if not loaded.spec.events:
         raise PropensityError(f"model {loaded.name} reads no events; ask the service for its scores")
-    with _assembling(out) as directory, engine.workdir(directory) as made:
+    with snapshots.assembling(out) as directory, engine.workdir(directory) as made:
         log = engine.read(
             paths,
             loaded.spec,
@@ -241,26 +240,3 @@ def _columns(model: Bundle, asked: Sequence[str]) -> tuple[str, ...]:
 @lru_cache(maxsize=2)
 def _model(directory: Path) -> Bundle:
     return bundle.load(directory)
-
-
-@contextmanager
-def _assembling(out: Path) -> Iterator[Path]:
-    """A directory beside `out` that takes its place when all went well."""
-    if out.exists() and not _is_snapshot(out):
-        raise PropensityError(f"{out}: is no directory of scores; name a new one with --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    directory = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent.resolve()))
-    directory.chmod(0o755)
-    try:
-        yield directory
-        if out.exists():
-            out.rename(directory.with_name(f"{directory.name}-old"))
-        directory.rename(out)
-    finally:
-        for left in out.parent.glob(f"{directory.name}*"):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _is_snapshot(path: Path) -> bool:
-    """Whether a directory holds parts of a snapshot and nothing else."""
-    return path.is_dir() and all(file.match("part-*.parquet") for file in path.iterdir())

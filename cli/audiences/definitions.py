@@ -36,8 +36,10 @@ _BAR_CELLS: Final = 24
 
 DefinitionsFile = Annotated[Path, typer.Option("--definitions", help="Definitions (YAML); see docs/audiences.md.")]
 ScoreDirectories = Annotated[
-    list[Path],
-    typer.Option("--scores", help="Directory that `propensity score --events` wrote; one a model. Repeatable."),
+    list[str],
+    typer.Option(
+        "--scores", help="What `propensity score --events --out` wrote, path or URL; one a model. Repeatable."
+    ),
 ]
 Artifacts = Annotated[Path, typer.Option(help="Directory of bundles, for cut-offs and the names of categories.")]
 
@@ -184,7 +186,7 @@ def remove(
 # --- what the commands read ---
 
 
-def _scored(directories: Sequence[Path], artifacts: Path) -> tuple[list[Snapshot], Mapping[str, Bundle]]:
+def _scored(directories: Sequence[str], artifacts: Path) -> tuple[list[Snapshot], Mapping[str, Bundle]]:
     from audiences import population
 
     snapshots = [population.open_snapshot(directory) for directory in directories]

@@ -30,8 +30,10 @@ def register(group: typer.Typer) -> None:
 def export(
     out: Annotated[Path, typer.Option(help="File to write, CSV; one that is there is replaced.")],
     bids: Annotated[
-        Path | None,
-        typer.Option(help="Snapshot of scores: write the bid adjustment of each segment.", show_default=False),
+        str | None,
+        typer.Option(
+            help="Snapshot of scores, path or URL: write the bid adjustment of each segment.", show_default=False
+        ),
     ] = None,
     exclusions: Annotated[
         str | None, typer.Option(help="Audience: write its members as a list to exclude.", show_default=False)

@@ -33,7 +33,7 @@ def test_a_snapshot_says_what_it_is_of(write_scores: WriteScores) -> None:
     found = population.open_snapshot(write_scores("s", {"a": 0.1, "b": 0.2}, features={"views_1d": [1, 2]}))
     assert (found.model, found.version, found.at_ms, found.rows) == ("shop", "1", AT_MS, 2)
     assert found.features == ("views_1d",)
-    assert len(found.files) == 2
+    assert len(found.found.parts) == 2
 
 
 def test_visitors_of_several_models_are_joined(write_scores: WriteScores) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from files import snapshots
 from service.embedded import EmbeddedServer
 from tests.audiences.conftest import AT_MS, WriteScores, two_models, write_scores
 from tests.cli.test_commands import Run, in_a_process, run, without
@@ -106,6 +107,23 @@ def test_a_preview_a_refresh_and_a_list_agree(
     assert "3: only 0 qualify, so nobody is a member" in small.out
     held = run("audiences", "preview", "mobile", *options)
     assert "20 %," in held.out
+
+
+@pytest.mark.usefixtures("cache")
+def test_scores_are_read_from_an_object_store(
+    run: Run, tmp_path: Path, two_models: Path, write_scores: WriteScores
+) -> None:
+    (tmp_path / "audiences.yaml").write_text("defaults: {model: shop, min_size: 3}\naudiences: {best: {top: 20%}}")
+    url = f"memory://{tmp_path.name}/scores"
+    with snapshots.assembling(url) as directory:
+        for part in write_scores("here", scores()).iterdir():
+            part.rename(directory / part.name)
+    options = ("--scores", url, "--artifacts", two_models)
+    assert "20 enter, 0 leave; it had 0" in run("audiences", "preview", "best", *options).out
+    assert "100 new" in run("audiences", "refresh", *options).out
+    assert run("audiences", "export", "--bids", url, "--out", "bids.csv").status == 0
+    told = run("audiences", "refresh", "--scores", f"{url}/none", "--artifacts", two_models).complaint
+    assert told.startswith(f"{url}/none: holds no part-*.parquet; give ")
 
 
 @pytest.mark.usefixtures("cache")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import uuid
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from files import snapshots
 from service.core import bundle, events, features
 from service.core.bundle import Bundle, Reference
 from service.core.errors import PropensityError
@@ -179,6 +181,16 @@ def test_what_fails_leaves_nothing_behind(open_shop: Shop, tmp_path: Path) -> No
     with pytest.raises(PropensityError, match="none.csv: no such file"):
         batch.score([str(tmp_path / "none.csv")], open_shop.model, 0, tmp_path / "out", Options(), Here())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_at_a_url_the_same_scores_are_found(open_shop: Shop, snapshot: Path) -> None:
+    out = f"memory://{uuid.uuid4().hex}/scores"
+    made = batch.score(open_shop.files, open_shop.model, at_of(open_shop), out, Options(columns=("all",)), Here())
+    assert made.path == out
+    found = snapshots.find(out)
+    columns = ["visitor_id", "propensity", "segment", "at"]
+    by_url = pq.ParquetDataset(list(found.parts), filesystem=found.filesystem).read(columns)
+    assert by_url.equals(pq.ParquetDataset(snapshot).read(columns))
 
 
 @pytest.mark.parametrize(
