@@ -19,18 +19,23 @@ from typing import Any, Final, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.schema import CreateColumn
 
 from audiences.destinations.protocol import Outcome
 from service.core.errors import PropensityError
 
-VERSION: Final = 1
+VERSION: Final = 2
 DAY_MS: Final = 86_400_000
 LONGEST_ANSWER: Final = 200
+# After how long somebody is sent again of whom nothing changed. The last one of refusals is repeated.
+AGAIN_AFTER_REFUSAL_MS: Final = (1 * DAY_MS, 7 * DAY_MS, 30 * DAY_MS)
+AGAIN_AFTER_FAILURE_MS: Final = (0, *AGAIN_AFTER_REFUSAL_MS)
 
 ADD: Final = "add"
 REMOVE: Final = "remove"
 
 INTENDED: Final = "intended"
+WORKING: Final = "working"
 SETTLED: Final = "settled"
 REJECTED: Final = "rejected"
 REPLACED: Final = "replaced"
@@ -72,6 +77,8 @@ members = sa.Table(
     sa.Column("identifiers", sa.Text),  # all that the platform may have
     sa.Column("answer", sa.Text),  # why it refused
     sa.Column("changed_ms", sa.BigInteger, nullable=False),
+    sa.Column("tries", sa.Integer, nullable=False, server_default="0"),  # refused or failed in a row, but not for good
+    sa.Column("due_ms", sa.BigInteger),  # when what was refused is sent again as it is; none: it is not
     sqlite_with_rowid=False,
 )
 runs = sa.Table(
@@ -112,6 +119,7 @@ entries = sa.Table(
     sa.Column("why", sa.String(16), nullable=False),
     sa.Column("accepted", sa.Boolean),  # none: not known
     sa.Column("answer", sa.Text),  # none: the batch's
+    sa.Column("identifiers", sa.Text),  # that were to be removed, until the platform has worked that off
     sqlite_with_rowid=False,
 )
 history = sa.Table(
@@ -146,6 +154,7 @@ deliveries = sa.Table(
     sa.UniqueConstraint("trigger", "event"),
     sa.Index("deliveries_of_visitor", "trigger", "dead", "visitor", "id"),
 )
+_SINCE_VERSION_1: Final = (members.c.tries, members.c.due_ms, entries.c.identifiers)
 
 
 class Known(NamedTuple):
@@ -156,6 +165,9 @@ class Known(NamedTuple):
     refused: bytes | None
     open: int | None
     identifiers: Identifiers
+    changed_ms: int = 0
+    tries: int = 0
+    due_ms: int | None = None
 
 
 class Copy(NamedTuple):
@@ -203,6 +215,24 @@ class Batch:
     list: int
     operation: str
     intents: Sequence[Intent] = field(repr=False)
+
+
+class Working(NamedTuple):
+    """A batch that a platform took and works off, or did when it was asked last."""
+
+    id: int
+    operation: str
+    answer: str  # names the job
+    members: int
+    settled_ms: int
+
+
+class Undone(NamedTuple):
+    """What became of the members of a batch that failed after it was taken."""
+
+    members: int  # who will be sent again
+    later: int = 0  # those of them who had failed before, and wait
+    given_up: int = 0  # who failed too often, and are not among them
 
 
 class LeaseLost(PropensityError):
@@ -404,14 +434,14 @@ class Ledger:
 
     def known(self, own: List, page: int = 10_000) -> Iterator[Known]:
         """All members in the order of their keys, some at a time; what changes behind the reader does not matter."""
-        columns = (members.c.key, members.c.has, members.c.refused, members.c.open, members.c.identifiers)
+        columns = [members.c[name] for name in Known._fields]
         after = b""
         while True:
             wanted = sa.select(*columns).where((members.c.list == own.id) & (members.c.key > after))
             with self.reading.connect() as connection:
                 rows = connection.execute(wanted.order_by(members.c.key).limit(page)).all()
-            for key, has, refused, open_, identifiers in rows:
-                yield Known(bytes(key), has, refused, open_, _unpacked(identifiers))
+            for row in rows:
+                yield _known(row)
             if len(rows) < page:
                 return
             after = bytes(rows[-1][0])
@@ -426,7 +456,8 @@ class Ledger:
         """Drop the keys of people from what was sent; how many they were stays with the batches."""
         for first in range(0, len(keys), 500):
             some = entries.c.key.in_(keys[first : first + 500])
-            connection.execute(entries.delete().where(some))
+            # A removal that the platform still works off is purged at its end.
+            connection.execute(entries.delete().where(some & entries.c.identifiers.is_(None)))
 
     def _drop(self, connection: sa.Connection, list_: int, keys: Iterable[bytes]) -> None:
         gone = (members.c.list == list_) & (members.c.key == sa.bindparam("k"))
@@ -455,10 +486,12 @@ class Ledger:
     def _open(self, one: Intent, operation: str, batch: int) -> dict[str, Any]:
         maybe = joined(one.known.identifiers, one.sent) if operation == ADD else one.known.identifiers
         has = None if one.known.open else one.known.has
-        return {"key": one.known.key, "has": has, "refused": None, "open": batch, "identifiers": packed(maybe)}
+        row = {"key": one.known.key, "has": has, "refused": None, "open": batch, "identifiers": packed(maybe)}
+        return row | {"tries": one.known.tries}
 
     def _put(self, connection: sa.Connection, list_: int, rows: Iterable[dict[str, Any]], now_ms: int) -> None:
-        whole = [{"answer": None, **row, "list": list_, "changed_ms": now_ms} for row in rows]
+        usual = {"answer": None, "tries": 0, "due_ms": None, "list": list_, "changed_ms": now_ms}
+        whole = [usual | row for row in rows]
         if not whole:
             return
         put = self.insert(members)
@@ -477,17 +510,18 @@ class Ledger:
         """Write down what the platform said, member by member. Raises LeaseLost: then another run has asked again."""
         usual = _usual(outcomes)
         pairs = list(zip(batch.intents, outcomes, strict=True))
+        state = WORKING if any(one.accepted and not one.final for one in outcomes) else SETTLED
         with self._engine.begin() as connection:
             self.hold(connection, lease, now_ms)
-            change = {"state": SETTLED, "accepted": sum(one.accepted for one in outcomes)}
+            change: dict[str, Any] = {"state": state, "accepted": sum(one.accepted for one in outcomes)}
             change |= {"settled_ms": now_ms, "answer": usual}
             connection.execute(batches.update().where(batches.c.id == batch.id).values(change))
             self._settle_entries(connection, batch, pairs, usual)
-            rows = (_settled(one, outcome, batch.operation) for one, outcome in pairs)
-            self._put(connection, batch.list, [row for row in rows if row is not None], now_ms)
-            gone = [one for one, outcome in pairs if _settled(one, outcome, batch.operation) is None]
-            self._drop(connection, batch.list, [one.known.key for one in gone])
-            self._purge(connection, [one.known.key for one in gone if one.why == ERASED])
+            rows = [(one.known.key, _settled(one, outcome, batch.operation, now_ms)) for one, outcome in pairs]
+            self._put(connection, batch.list, [row for _, row in rows if row is not None], now_ms)
+            self._drop(connection, batch.list, [key for key, row in rows if row is None])
+            if state == SETTLED:
+                self._purge_erased(connection, batch.id)
 
     def _settle_entries(
         self, connection: sa.Connection, batch: Batch, pairs: Sequence[tuple[Intent, Outcome]], usual: str
@@ -502,6 +536,20 @@ class Ledger:
         if odd:
             values: dict[str, Any] = {"accepted": sa.bindparam("said"), "answer": sa.bindparam("words")}
             connection.execute(entries.update().where(own).values(values), odd)
+        if batch.operation == REMOVE:
+            sent = [
+                {"k": one.known.key, "ids": packed(one.sent)}
+                for one, outcome in pairs
+                if outcome.accepted and not outcome.final
+            ]
+            if sent:
+                connection.execute(entries.update().where(own).values(identifiers=sa.bindparam("ids")), sent)
+
+    def _purge_erased(self, connection: sa.Connection, batch: int) -> None:
+        """Drop what was sent before of who was erased, once a batch has removed them."""
+        erased = (entries.c.batch == batch) & (entries.c.why == ERASED) & entries.c.accepted.is_(True)
+        keys = connection.execute(sa.select(entries.c.key).where(erased)).scalars().all()
+        self._purge(connection, [bytes(key) for key in keys])
 
     def reject(self, batch: Batch, answer: str, lease: Lease, now_ms: int) -> None:
         """Write down that a batch was refused as a whole: everybody is what they were before."""
@@ -512,12 +560,77 @@ class Ledger:
             connection.execute(entries.update().where(entries.c.batch == batch.id).values(accepted=False))
             before = [one.known for one in batch.intents]
             self._drop(connection, batch.list, [one.key for one in before if not _matters(one)])
-            rows = [
-                {**one._asdict(), "identifiers": packed(one.identifiers) if one.identifiers else None}
-                for one in before
-                if _matters(one)
-            ]
-            self._put(connection, batch.list, rows, now_ms)
+            self._put(connection, batch.list, [_row(one) for one in before if _matters(one)], now_ms)
+
+    # --- batches that a platform works off later ---
+
+    def working(self, own: List) -> list[Working]:
+        """The batches of a list that were taken, and whose end was not told yet."""
+        columns = [batches.c.id, batches.c.operation, batches.c.answer, batches.c.accepted, batches.c.settled_ms]
+        wanted = sa.select(*columns).where((batches.c.list == own.id) & (batches.c.state == WORKING))
+        with self.reading.connect() as connection:
+            return [Working(*row) for row in connection.execute(wanted.order_by(batches.c.id))]
+
+    def conclude(self, own: List, batch: Working, outcome: Outcome, lease: Lease, now_ms: int) -> Undone:
+        """Write down the end of a batch. Where it failed, its members are as if they had not been sent."""
+        with self._engine.begin() as connection:
+            self.hold(connection, lease, now_ms)
+            change: dict[str, Any] = {"state": SETTLED, "settled_ms": now_ms, "answer": _short(outcome.answer)}
+            undone = Undone(0)
+            if outcome.accepted:
+                self._confirm(connection, own, batch)
+            else:
+                undo = self._undo_additions if batch.operation == ADD else self._undo_removals
+                undone = undo(connection, own, batch, _short(outcome.answer), now_ms)
+                change["accepted"] = 0
+                connection.execute(entries.update().where(entries.c.batch == batch.id).values(accepted=False))
+            connection.execute(batches.update().where(batches.c.id == batch.id).values(change))
+            connection.execute(entries.update().where(entries.c.batch == batch.id).values(identifiers=None))
+            if batch.operation == REMOVE:
+                self._purge_erased(connection, batch.id)
+        return undone
+
+    def _confirm(self, connection: sa.Connection, own: List, batch: Working) -> None:
+        tried = (members.c.list == own.id) & members.c.has.is_not(None) & (members.c.tries > 0)
+        tried &= members.c.refused.is_(None) & members.c.key.in_(_taken(batch))
+        connection.execute(members.update().where(tried).values(tries=0))
+
+    def _undo_additions(self, connection: sa.Connection, own: List, batch: Working, answer: str, now_ms: int) -> Undone:
+        """Have who was added not be there, but for those of whom a later batch tells; identifiers may be there."""
+        later = sa.select(entries.c.key).join(batches, batches.c.id == entries.c.batch)
+        later = later.where(
+            (entries.c.batch > batch.id) & (batches.c.list == own.id) & entries.c.accepted.is_not(False)
+        )
+        missing = (members.c.list == own.id) & members.c.has.is_not(None)
+        missing &= members.c.key.in_(_taken(batch)) & members.c.key.not_in(later)
+        counted = sa.select(members.c.tries, sa.func.count()).where(missing).group_by(members.c.tries)
+        tries: dict[int, int] = {row[0]: row[1] for row in connection.execute(counted)}
+        waits = dict(enumerate(AGAIN_AFTER_FAILURE_MS))
+        change = {
+            "has": None,
+            "refused": sa.func.coalesce(members.c.refused, members.c.has),
+            "tries": members.c.tries + 1,
+            "due_ms": sa.case({count: now_ms + wait for count, wait in waits.items()}, value=members.c.tries),
+            "answer": answer,
+            "changed_ms": now_ms,
+        }
+        connection.execute(members.update().where(missing).values(change))
+        again = sum(number for count, number in tries.items() if count in waits)
+        return Undone(again, again - tries.get(0, 0), sum(tries.values()) - again)
+
+    def _undo_removals(self, connection: sa.Connection, own: List, batch: Working, answer: str, now_ms: int) -> Undone:
+        """Have the platform still have what was to be removed; the next plan removes what nobody wants."""
+        wanted = sa.select(entries.c.key, entries.c.identifiers)
+        removed = connection.execute(wanted.where(entries.c.key.in_(_taken(batch)), entries.c.batch == batch.id)).all()
+        there = sa.select(*[members.c[name] for name in Known._fields])
+        there = there.where((members.c.list == own.id) & members.c.key.in_(_taken(batch)))
+        known = {one.key: one for one in map(_known, connection.execute(there))}
+        rows = []
+        for key, identifiers in removed:
+            before = known.get(bytes(key), Known(bytes(key), None, None, None, {}, now_ms))
+            rows.append(_row(before._replace(identifiers=joined(before.identifiers, _unpacked(identifiers)))))
+        self._put(connection, own.id, [row | {"answer": answer} for row in rows], now_ms)
+        return Undone(len(rows))
 
     def attempts_since(self, destination: str, since_ms: int) -> list[int]:
         """Moments of the requests since then, as far as the ledger knows: what a limit of rate has been used up by."""
@@ -533,7 +646,7 @@ class Ledger:
     def compact(self, before_ms: int) -> int:
         """Turn batches before a moment into counts a day, and drop runs; how many batches that were."""
         old = sa.select(batches.c.id, batches.c.list, batches.c.operation, batches.c.intended_ms).where(
-            (batches.c.intended_ms < before_ms) & (batches.c.state != INTENDED)
+            (batches.c.intended_ms < before_ms) & batches.c.state.not_in((INTENDED, WORKING))
         )
         with self.reading.connect() as connection:
             found = connection.execute(old.order_by(batches.c.id)).all()
@@ -577,19 +690,39 @@ def without(one: Identifiers, other: Identifiers) -> Identifiers:
     return {form: values for form, values in left.items() if values}
 
 
-def _settled(one: Intent, outcome: Outcome, operation: str) -> dict[str, Any] | None:
+def _known(row: Sequence[Any]) -> Known:
+    key, has, refused, open_, identifiers, changed_ms, tries, due_ms = row
+    return Known(bytes(key), has, refused, open_, _unpacked(identifiers), changed_ms, tries, due_ms)
+
+
+def _row(known: Known) -> dict[str, Any]:
+    return {**known._asdict(), "identifiers": packed(known.identifiers) if known.identifiers else None}
+
+
+def _taken(batch: Working) -> sa.Select[Any]:
+    """The keys of who was in a batch and was accepted."""
+    return sa.select(entries.c.key).where((entries.c.batch == batch.id) & entries.c.accepted.is_(True))
+
+
+def _settled(one: Intent, outcome: Outcome, operation: str, now_ms: int) -> dict[str, Any] | None:
     """A member's row once the answer is there; None: there is nothing left to know."""
     known = one.known
     row: dict[str, Any] = {"key": known.key, "has": known.has, "refused": None, "open": None, "answer": None}
     if outcome.accepted:
         if one.after is None:
             return None
+        row["tries"] = 0 if outcome.final else known.tries
         return row | {"has": one.mark if operation == ADD else None, "identifiers": packed(one.after)}
     if known.open:
         row["has"] = None
-    before = packed(known.identifiers) if known.identifiers else None
-    refused = one.mark if operation == ADD else None  # a removal is tried again at every run: it may be a withdrawal
-    return row | {"refused": refused, "identifiers": before, "answer": _short(outcome.answer)}
+    row |= {"identifiers": packed(known.identifiers) if known.identifiers else None, "answer": _short(outcome.answer)}
+    if operation == REMOVE:  # it is tried again at every run: it may be a withdrawal
+        return row
+    row["refused"] = one.mark
+    if not outcome.final:
+        row["tries"] = known.tries + 1 if known.refused in (None, one.mark) else 1
+        row["due_ms"] = now_ms + AGAIN_AFTER_REFUSAL_MS[min(row["tries"], len(AGAIN_AFTER_REFUSAL_MS)) - 1]
+    return row
 
 
 def _matters(known: Known) -> bool:
@@ -632,8 +765,8 @@ def existing(url: str) -> Iterator[Ledger | None]:
             return
         with ledger.reading.connect() as connection:
             is_there = sa.inspect(connection).has_table(_schema.name)
-            if is_there:
-                _require_ours(connection.execute(sa.select(_schema.c.version)).scalar_one_or_none())
+        if is_there:
+            _prepare(engine)
         yield ledger if is_there else None
 
 
@@ -667,12 +800,13 @@ def _prepare(engine: sa.Engine) -> None:
         found = connection.execute(sa.select(_schema.c.version)).scalar_one_or_none()
         if found is None:
             connection.execute(_schema.insert().values(version=VERSION))
-        _require_ours(found)
-
-
-def _require_ours(version: int | None) -> None:
-    if version not in (None, VERSION):
-        raise PropensityError(
-            f"the ledger was written by another version of Propensity (its tables are {version}, not {VERSION}); "
-            "use that version, or give another ledger"
-        )
+        elif found == 1:
+            for column in _SINCE_VERSION_1:
+                words = CreateColumn(column).compile(dialect=engine.dialect)
+                connection.execute(sa.text(f"ALTER TABLE {column.table.name} ADD COLUMN {words}"))
+            connection.execute(_schema.update().values(version=VERSION))
+        elif found != VERSION:
+            raise PropensityError(
+                f"the ledger was written by another version of Propensity (its tables are {found}, not {VERSION}); "
+                "use that version, or give another ledger"
+            )

@@ -20,10 +20,25 @@ UNKNOWN: Final = "unknown"  # what came of the last request
 IDENTIFIERS: Final = "identifiers"
 FIELDS: Final = "fields"
 RULES: Final = "rules"
+AGAIN: Final = "again"  # refused or failed, though not for good
+RENEW: Final = "renew"  # the destination would forget them
 DELETED: Final = "deleted"  # the audience
 MINIMUM: Final = "minimum"  # more people than there are
 
 NOBODY: Final[Identifiers] = {}
+
+# Shares of the time that a destination keeps a member: from the first on members are renewed, each at a moment of their
+# own, and after the second at once.
+EARLY: Final = 0.7
+LATE: Final = 0.9
+
+
+class Age(NamedTuple):
+    """What says whether somebody is sent again although nothing changed."""
+
+    now_ms: int
+    keeps_ms: int | None = None  # the time that the destination keeps a member; none: for ever
+    renewals: int = 0  # members that are renewed at most, but for those who are late
 
 
 class Removal(NamedTuple):
@@ -60,13 +75,14 @@ class Trace(NamedTuple):
 Step = Removal | Addition | Unsent | Trace
 
 
-def steps(known: Iterable[Known], wanted: Iterable[Staged], why_left: str = LEFT) -> Iterator[Step]:
+def steps(known: Iterable[Known], wanted: Iterable[Staged], why_left: str, age: Age) -> Iterator[Step]:
     """What is to be done, in the order of keys; of who has other identifiers than before the removal comes first.
 
     Both arguments ascend by key. `why_left` is said of members who are wanted no more.
     """
     have, want = iter(known), iter(wanted)
     row, member = next(have, None), next(want, None)
+    renewed = 0
     while row is not None or member is not None:
         if member is None or (row is not None and row.key < member.key):
             assert row is not None
@@ -75,7 +91,9 @@ def steps(known: Iterable[Known], wanted: Iterable[Staged], why_left: str = LEFT
             continue
         own = row if row is not None and row.key == member.key else None
         if member.person is not None:
-            yield from _member(own, member.key, member.person, member.mark)
+            for step in _member(own, member.key, member.person, member.mark, age, renewed < age.renewals):
+                renewed += isinstance(step, Addition) and step.why == RENEW
+                yield step
         elif own is not None:
             yield _unwanted(own, CONSENT)
         member = next(want, None)
@@ -100,18 +118,29 @@ def _unwanted(row: Known, why: str) -> Step:
     return Trace(row)
 
 
-def _member(row: Known | None, key: bytes, person: Person, mark: bytes) -> Iterator[Step]:
+def _member(row: Known | None, key: bytes, person: Person, mark: bytes, age: Age, may_renew: bool) -> Iterator[Step]:
     known = row or Known(key, None, None, None, NOBODY)
     dropped = NOBODY if KEY in person.identifiers else without(known.identifiers, person.identifiers)
     why = ENTERED if row is None else _why(row, mark)
     if dropped:
         yield Removal(known, dropped, why, stays=True)
     if known.open is None and mark == known.refused:
-        yield Unsent(known, refused=True)
+        again = known.due_ms is not None and known.due_ms <= age.now_ms
+        yield Addition(known, person, mark, AGAIN) if again else Unsent(known, refused=True)
     elif known.open is None and mark == known.has and not dropped:
-        yield Unsent(known, refused=False)
+        renews = _renews(known, age, may_renew)
+        yield Addition(known, person, mark, RENEW) if renews else Unsent(known, refused=False)
     else:
         yield Addition(known, person, mark, why)
+
+
+def _renews(known: Known, age: Age, may_renew: bool) -> bool:
+    """Whether it is time to send a member again; the moments of members are spread by their keys, which are hashes."""
+    if age.keeps_ms is None:
+        return False
+    share = (age.now_ms - known.changed_ms) / age.keeps_ms
+    place = int.from_bytes(known.key[:4], "big") / 2**32
+    return share >= LATE or (may_renew and share >= EARLY + (LATE - EARLY) * place)
 
 
 def _why(row: Known, mark: bytes) -> str:

@@ -24,13 +24,15 @@ from audiences import ledger as ledgers
 from audiences import plan
 from audiences.destinations.protocol import KEY, Busy, Destination, Outcome, Person, Rejected
 from audiences.destinations.registry import Sending
-from audiences.ledger import ADD, REMOVE, Batch, Held, Identifiers, Intent, Lease, Ledger, List
+from audiences.ledger import ADD, REMOVE, Batch, Held, Identifiers, Intent, Lease, Ledger, List, Undone, Working
 from audiences.stage import Stage
 from audiences.wanted import Wanted
 from service.core.errors import PropensityError
 
 KEPT: Final = "kept, since another member has it"
 RETENTION_MS: Final = 90 * ledgers.DAY_MS
+LOST_MS: Final = 7 * ledgers.DAY_MS  # without a word of its end a batch counts as failed; Google takes a day at most
+RENEWED_SHARE: Final = 10  # one in so many members is renewed by a run, unless it is late
 
 Answer = TypeVar("Answer")
 Item = TypeVar("Item")
@@ -50,11 +52,14 @@ class Counts:
     without_consent: int = 0
     below: int = 0  # the audience's minimum, where fewer are wanted and its list is empty therefore
     unchanged: int = 0
-    refused_before: int = 0  # and unchanged since, so not sent again
+    refused_before: int = 0  # and unchanged since, so not sent again before they are due
     refused: int = 0  # now
+    failed: int = 0  # who were sent by a run before in batches that the platform took and failed to work off
+    working: int = 0  # who are in batches that the platform works off
     not_removed: int = 0  # since the platform refused; tried again by the next run
     batches: int = 0
     why: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)  # what an operator should know
 
     @property
     def complete(self) -> bool:
@@ -126,7 +131,8 @@ def run(
     """
     names = _names(ledger, destination, wanted, audience, options.remove_all)
     if options.dry_run:
-        return [_Dry(ledger, destination, wanted, names.defined, progress).list(name) for name in names.all]
+        dry = _Dry(ledger, destination, wanted, names.defined, progress, clock)
+        return [dry.list(Counts(name)) for name in names.all]
     holder = ledgers.holder()
     _take(ledger, destination.name, holder, options, clock)
     number = ledger.begin(destination.name, audience, holder, clock.now_ms())
@@ -136,7 +142,8 @@ def run(
             _Sender(ledger, destination, sending, options, holder, number, clock) as sender,
             _kept(ledger, sender.lease, clock),
         ):
-            done = [_Run(ledger, destination, wanted, names.defined, progress, sender).list(name) for name in names.all]
+            begun = _Run(ledger, destination, wanted, names.defined, progress, sender)
+            done = [begun.list(one) for one in begun.reviewed(names.all)]
         ledger.compact(clock.now_ms() - options.retention_ms)
         result = ", ".join(f"{sum(one.why.values())} of {one.audience} sent" for one in done)
         return done
@@ -220,18 +227,36 @@ class _Either:
     """What a run and a dry run have in common: staging, and both readings side by side."""
 
     def __init__(
-        self, ledger: Ledger, destination: Destination, wanted: Wanted, defined: set[str], progress: Progress
+        self,
+        ledger: Ledger,
+        destination: Destination,
+        wanted: Wanted,
+        defined: set[str],
+        progress: Progress,
+        clock: Clock,
     ) -> None:
         self.ledger, self.destination, self.wanted = ledger, destination, wanted
-        self.defined, self.progress = defined, progress
+        self.defined, self.progress, self.clock = defined, progress, clock
 
-    def list(self, audience: str) -> Counts:
-        counts = Counts(audience)
+    def list(self, counts: Counts) -> Counts:
+        audience = counts.audience
         self.progress(f"Reading {audience}", 0)
         with Stage() as stage:
             why = self._fill(stage, audience, counts)
             self._act(stage, audience, why, counts)
+        counts.working = sum(batch.members for _, batch in self._working([audience]))
         return counts
+
+    def _working(self, audiences: Sequence[str]) -> Sequence[tuple[List, Working]]:
+        """Batches that the platform took and works off, as far as it was asked."""
+        own = [one for one in self.ledger.lists(self.destination.name) if one.audience in audiences]
+        return [(one, batch) for one in own for batch in self.ledger.working(one)]
+
+    def _steps(self, own: List | None, stage: Stage, why: str) -> Iterator[plan.Step]:
+        known = self.ledger.known(own) if own else iter(())
+        keeps_ms: int | None = getattr(self.destination, "keeps_ms", None)
+        most = max(self.destination.limits.members, stage.allowed // RENEWED_SHARE)
+        return plan.steps(known, stage.members_in_order(), why, plan.Age(self.clock.now_ms(), keeps_ms, most))
 
     def _fill(self, stage: Stage, audience: str, counts: Counts) -> str:
         """Stage who is wanted; why those who are not have to go."""
@@ -256,8 +281,7 @@ class _Dry(_Either):
 
     def _act(self, stage: Stage, audience: str, why: str, counts: Counts) -> None:
         own = next((one for one in self.ledger.lists(self.destination.name) if one.audience == audience), None)
-        known = self.ledger.known(own) if own else iter(())
-        for step in plan.steps(known, stage.members_in_order(), why):
+        for step in self._steps(own, stage, why):
             _count(step, counts)
             if isinstance(step, plan.Addition):
                 counts.why[f"{ADD}: {step.why}"] += 1
@@ -277,8 +301,27 @@ class _Run(_Either):
         progress: Progress,
         sender: _Sender,
     ) -> None:
-        super().__init__(ledger, destination, wanted, defined, progress)
+        super().__init__(ledger, destination, wanted, defined, progress, sender.clock)
         self.sender = sender
+
+    def reviewed(self, audiences: Sequence[str]) -> Sequence[Counts]:
+        """What became, since, of batches that runs before have sent; those that failed are undone in the ledger."""
+        counts = {audience: Counts(audience) for audience in audiences}
+        review = getattr(self.destination, "review", None)
+        working = self._working(audiences) if review else ()
+        if not review or not working:
+            return list(counts.values())
+        answers = [batch.answer for _, batch in working]
+        outcomes: Sequence[Outcome | None] = self.sender.tried(lambda: review(answers))
+        now_ms = self.clock.now_ms()
+        for (own, batch), told in zip(working, outcomes, strict=True):
+            is_lost = told is None and now_ms - batch.settled_ms > LOST_MS
+            outcome = Outcome(False, f"{batch.answer}, and no end of it for a week") if is_lost else told
+            if outcome is not None:
+                undone = self.ledger.conclude(own, batch, outcome, self.sender.lease, now_ms)
+                if not outcome.accepted:
+                    _tell(counts[own.audience], batch, outcome, undone)
+        return list(counts.values())
 
     def _act(self, stage: Stage, audience: str, why: str, counts: Counts) -> None:
         own = self.ledger.list_of(self.destination.name, audience)
@@ -300,7 +343,7 @@ class _Run(_Either):
         erased = _Erased(self.wanted, own.audience)
 
         def removals() -> Iterator[plan.Removal]:
-            for step in plan.steps(self.ledger.known(own), stage.members_in_order(), why):
+            for step in self._steps(own, stage, why):
                 if isinstance(step, plan.Removal):
                     yield step
                 elif isinstance(step, plan.Trace):
@@ -331,7 +374,7 @@ class _Run(_Either):
                 counts.why[f"{REMOVE}: {intent.why}"] += 1
 
     def _additions(self, own: List, stage: Stage, why: str, counts: Counts) -> Iterator[plan.Addition]:
-        for step in plan.steps(self.ledger.known(own), stage.members_in_order(), why):
+        for step in self._steps(own, stage, why):
             _count(step, counts)
             if isinstance(step, plan.Addition):
                 yield step
@@ -375,6 +418,19 @@ class _Erased:
         """The removal, with its cause where that is it."""
         is_erased = removal.why == plan.LEFT and removal.known.key in self._keys
         return removal._replace(why=ledgers.ERASED) if is_erased else removal
+
+
+def _tell(counts: Counts, batch: Working, outcome: Outcome, undone: Undone) -> None:
+    counts.failed += batch.members
+    said = (
+        f"{outcome.answer}: {batch.members:,} were {'not added' if batch.operation == ADD else 'not removed'} after all"
+    )
+    parts = [
+        (undone.members - undone.later, "are sent again"),
+        (undone.later, "failed again and wait for some days"),
+        (undone.given_up, "failed too often and wait until something about them changes"),
+    ]
+    counts.notes.append("; ".join([said, *(f"{number:,} {words}" for number, words in parts if number)]))
 
 
 def _count(step: plan.Step, counts: Counts) -> None:

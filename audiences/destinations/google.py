@@ -33,6 +33,7 @@ IDENTIFIERS_OF_AN_OPERATION: Final = 20
 REQUESTS_A_MINUTE: Final = 300
 REQUESTS_OF_A_BATCH: Final = 10  # a job is made, filled in one to seven requests, and run; and one look at other jobs
 LONGEST_STAY_DAYS: Final = 540
+DAY_MS: Final = 86_400_000
 FIELDS: Final = {"google.email": "hashed_email", "google.phone": "hashed_phone_number"}  # of UserIdentifier
 BUSY: Final = {"UNAVAILABLE", "RESOURCE_EXHAUSTED", "INTERNAL", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "UNKNOWN"}
 PASSING: Final = {  # errors that pass by themselves, whatever status they come with
@@ -118,7 +119,12 @@ class Job(NamedTuple):
     @property
     def outcome(self) -> Outcome:
         why = f" {self.reason}" if self.status == "FAILED" and self.reason not in {"", "UNSPECIFIED"} else ""
-        return Outcome(self.status != "FAILED", f"job {self.number}: {self.status}{why}")
+        return Outcome(self.status != "FAILED", f"job {self.number}: {self.status}{why}", self.is_over)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether Google has worked it off, well or not."""
+        return self.status in {"SUCCESS", "FAILED"}
 
 
 def build(name: str, options: Options) -> GoogleAds:
@@ -184,6 +190,7 @@ class GoogleAds:
 
     def __init__(self, name: str, options: Options, client: Any, credentials: Any) -> None:
         self.name = name
+        self.keeps_ms = options.membership_days * DAY_MS
         self._options = options
         self._client = client
         self._credentials = credentials
@@ -215,7 +222,7 @@ class GoogleAds:
             listed = ", ".join(map(str, part))
             jobs |= {job.number: job for job in self._jobs_where(f"offline_user_data_job.id IN ({listed})")}
         found = [jobs.get(int(match[1])) if (match := JOB.match(answer)) else None for answer in answers]
-        return [job.outcome if job and job.status in {"SUCCESS", "FAILED"} else None for job in found]
+        return [job.outcome if job and job.is_over else None for job in found]
 
     # --- lists ---
 
@@ -223,7 +230,7 @@ class GoogleAds:
         quoted = name.replace("\\", "\\\\").replace("'", "\\'")
         rows = self._search(
             "SELECT user_list.resource_name, user_list.type, user_list.read_only, user_list.membership_status, "
-            "user_list.crm_based_user_list.upload_key_type FROM user_list "
+            "user_list.membership_life_span, user_list.crm_based_user_list.upload_key_type FROM user_list "
             f"WHERE user_list.name = '{quoted}'"
         )
         lists = [row.user_list for row in rows if not row.user_list.read_only]
@@ -235,11 +242,20 @@ class GoogleAds:
                 one.crm_based_user_list.upload_key_type == enums.CustomerMatchUploadKeyTypeEnum.CONTACT_INFO
             )
             if is_contacts and one.membership_status == enums.UserListMembershipStatusEnum.OPEN:
+                self._check_stay(name, one.membership_life_span)
                 return str(one.resource_name)
         raise Rejected(
             f"Google Ads has a list {name!r} that takes no e-mail addresses and phone numbers, or is closed; "
             "rename it or open it in Google Ads, or set another prefix"
         )
+
+    def _check_stay(self, name: str, days: int) -> None:
+        """Members must be sent again before the list drops them."""
+        if days < self._options.membership_days:
+            raise Rejected(
+                f"Google Ads has a list {name!r} whose members stay for {days} days; "
+                f"set membership_days: {days}, or change the list in Google Ads"
+            )
 
     def _made(self, name: str) -> str:
         request = self._client.get_type("MutateUserListsRequest")

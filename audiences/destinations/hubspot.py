@@ -162,7 +162,7 @@ class HubSpot:
             }
         )
         refused |= self._put(list_id, [id for id in wanted if id not in refused])
-        none = Outcome(False, f"no contact has this {FORM}")
+        none = Outcome(False, f"no contact has this {FORM}", final=False)
         return [_outcome(_of(person, found), refused, none) for person in people]
 
     def remove(self, list_id: str, people: Sequence[Person], batch: str) -> list[Outcome]:

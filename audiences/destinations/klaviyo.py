@@ -108,7 +108,7 @@ class Klaviyo:
         self._change(
             "putting on a list", self._lists.add_profiles_to_list, list_id, (id for id in wanted if id not in refused)
         )
-        none = Outcome(False, f"no profile has this {FORM}")
+        none = Outcome(False, f"no profile has this {FORM}", final=False)
         return [_outcome(_of(person, found), refused, none) for person in people]
 
     def remove(self, list_id: str, people: Sequence[Person], batch: str) -> list[Outcome]:

@@ -43,10 +43,15 @@ class Person:
 
 
 class Outcome(NamedTuple):
-    """What a platform said of one member of a batch."""
+    """What a platform said of one member of a batch.
+
+    Accepted and not `final`: the platform works the batch off, and `Reviews` tells the end; all of a batch who are
+    accepted have the same answer then, which names the job. Refused and not `final`: the same may be accepted later.
+    """
 
     accepted: bool
     answer: str  # its words, shortened; an id of its request where it gives one
+    final: bool = True
 
 
 class Destination(Protocol):
@@ -85,6 +90,19 @@ class Snapshots(Protocol):
 
     def write(self, list_id: str, people: Iterable[Person]) -> None:
         """Put the list in the place of the one before, all at once; called after batches that changed something."""
+
+
+class Reviews(Protocol):
+    """What a destination is as well whose platform takes batches and works them off later."""
+
+    def review(self, answers: Sequence[str]) -> Sequence[Outcome | None]:
+        """The end of batches that were answered so, in their order; None where it has not come."""
+
+
+class Forgets(Protocol):
+    """What a destination is as well whose platform drops members some time after they were sent last."""
+
+    keeps_ms: int
 
 
 class DestinationError(PropensityError):

@@ -111,6 +111,11 @@ def _print(counts: Sequence[Counts], destination: str, dry_run: bool) -> None:
         table.add_row(escape(one.audience), *(f"{number:,}" for number in numbers), _why(one.why))
     console_of_results().print(table)
     for one in counts:
+        for note in one.notes:
+            console.print(f"Note: {one.audience}: {note}", markup=False, soft_wrap=True)
+        if one.working:
+            said = f"the platform still works off {one.working:,} members; the next run asks what became of them"
+            console.print(f"Note: {one.audience}: {said}", markup=False, soft_wrap=True)
         if one.below:
             few = f"{one.wanted:,} people may be sent, fewer than its min_size, {one.below:,}"
             console.print(f"Note: the list of {one.audience} is empty: {few}", markup=False, soft_wrap=True)

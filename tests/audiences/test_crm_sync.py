@@ -151,6 +151,32 @@ def test_who_withdraws_consent_is_off_the_list_and_keeps_no_score(account: Accou
     assert account.scored() == {"bert"}
 
 
+def test_who_has_no_contact_is_tried_again_after_a_growing_while(account: Account, ledger: Ledger) -> None:
+    people, now_ms = People(), [1_790_000_000_000]
+    account.register("bert")
+    people.want("everyone", Somebody("anna"), Somebody("bert"))
+
+    def run(days: float) -> sync.Counts:
+        now_ms[0] += round(days * ledgers.DAY_MS)
+        clock = sync.Clock(lambda: now_ms[0])
+        (counts,) = sync.run(ledger, account.destination, people, PATIENT, clock=clock)
+        return counts
+
+    assert (run(0).refused, account.holds()) == (1, {"bert": "warm_prospects"})
+    for wait_days in (1, 7, 30, 30):
+        counts = run(wait_days - 0.01)
+        assert (counts.refused_before, counts.added, counts.complete) == (1, 0, False), "not before its time"
+        counts = run(0.01)
+        assert (counts.refused, counts.refused_before, dict(counts.why)) == (1, 0, {"add: again": 1})
+    people.want("everyone", Somebody("anna", segment="champions"))
+    assert run(0).why == {"add: fields": 1}, "a change waits for nothing, and begins anew"
+    account.register("anna")
+    assert run(0.9).added == 0
+    assert run(0.1).complete
+    assert account.holds() == {"anna": "champions", "bert": "warm_prospects"}
+    assert run(100).why == {}
+
+
 @pytest.mark.parametrize("kind", ["hubspot", "klaviyo"])
 def test_without_the_extra_it_says_what_to_install(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     client = {"hubspot": "hubspot", "klaviyo": "klaviyo_api"}[kind]

@@ -19,7 +19,7 @@ from pydantic import SecretStr, ValidationError
 
 from audiences.destinations import google, registry
 from audiences.destinations.google import GoogleAds, Options, build
-from audiences.destinations.protocol import Busy, Destination, Person, Purpose, Rejected
+from audiences.destinations.protocol import Busy, Destination, Outcome, Person, Purpose, Rejected
 from service.core.errors import PropensityError
 from tests.audiences import documented
 from tests.audiences.stubs.google import Certificate, Fault, GoogleStub, certificate, serving, write_authority
@@ -95,10 +95,20 @@ def ads(stub: GoogleStub) -> GoogleAds:
 
 def test_a_list_is_made_once_with_its_type_and_the_days_that_members_stay(stub: GoogleStub) -> None:
     first = build("google", options(stub, membership_days=90)).open("champions")
-    assert build("google", options(stub)).open("champions") == first  # as after a kill between making and use
+    # As after a kill between making and use.
+    assert build("google", options(stub, membership_days=90)).open("champions") == first
     (only,) = stub.lists.values()
     assert (only.name, only.membership_life_span) == ("Propensity champions", 90)
     assert stub.calls.count("MutateUserLists") == 1
+
+
+def test_a_list_whose_members_would_be_gone_before_they_are_sent_again_is_refused(stub: GoogleStub) -> None:
+    stub.put("Propensity champions", membership_life_span=30)
+    with pytest.raises(Rejected, match="stay for 30 days; set membership_days: 30"):
+        build("google", options(stub)).open("champions")
+    ads = build("google", options(stub, membership_days=30))
+    assert ads.open("champions") == stub.list_named("Propensity champions")
+    assert ads.keeps_ms == 30 * 86_400_000
 
 
 def test_a_list_is_found_by_its_name_whatever_is_in_it(stub: GoogleStub, ads: GoogleAds) -> None:
@@ -244,17 +254,17 @@ def test_a_job_under_way_is_reviewed_later(stub: GoogleStub, ads: GoogleAds) -> 
     assert ads.review([*answers, "else"]) == [None] * 4
     stub.finish(fail="INSUFFICIENT_TRANSACTIONS")
     reviewed = ads.review([answers[2], "else", answers[0]])
-    assert [one and (one.accepted, one.answer) for one in reviewed] == [
-        (False, "job 5002: FAILED INSUFFICIENT_TRANSACTIONS"),
+    assert reviewed == [
+        Outcome(False, "job 5002: FAILED INSUFFICIENT_TRANSACTIONS"),
         None,
-        (False, "job 5000: FAILED INSUFFICIENT_TRANSACTIONS"),
+        Outcome(False, "job 5000: FAILED INSUFFICIENT_TRANSACTIONS"),
     ]
 
 
 def test_a_wait_for_the_end_tells_how_it_ended(stub: GoogleStub) -> None:
     ads = build("google", options(stub, wait_s=0.1))
     champions = ads.open("champions")
-    assert ads.add(champions, [person(1)], "a")[0] == (True, "job 5000: SUCCESS")
+    assert ads.add(champions, [person(1)], "a")[0] == Outcome(True, "job 5000: SUCCESS")
 
 
 def test_a_job_that_fails_while_it_is_waited_for_is_tried_again(stub: GoogleStub) -> None:
@@ -265,7 +275,7 @@ def test_a_job_that_fails_while_it_is_waited_for_is_tried_again(stub: GoogleStub
     with pytest.raises(Busy, match="job 5000: FAILED INSUFFICIENT_TRANSACTIONS"):
         ads.add(champions, [person(1)], "a")
     stub.hold = False
-    assert ads.add(champions, [person(1)], "a")[0] == (True, "job 5001: SUCCESS")
+    assert ads.add(champions, [person(1)], "a")[0] == Outcome(True, "job 5001: SUCCESS")
     assert stub.members[champions] == identifiers(person(1))
 
 
@@ -273,7 +283,7 @@ def test_a_wait_is_bounded(stub: GoogleStub) -> None:
     stub.hold = True
     ads = build("google", options(stub, wait_s=0.1))
     champions = ads.open("champions")
-    assert ads.add(champions, [person(1)], "a")[0] == (True, "job 5000: RUNNING")
+    assert ads.add(champions, [person(1)], "a")[0] == Outcome(True, "job 5000: RUNNING", final=False)
 
 
 def test_a_removal_waits_for_additions_of_an_earlier_synchronisation(stub: GoogleStub, ads: GoogleAds) -> None:

@@ -13,7 +13,7 @@ from pydantic import SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
 from audiences.destinations.hubspot import HubSpot, Options, Task, build
-from audiences.destinations.protocol import Busy, Person, Rejected
+from audiences.destinations.protocol import Busy, Outcome, Person, Rejected
 from tests.audiences.stubs import hubspot as stubs
 
 
@@ -98,9 +98,9 @@ def test_who_is_no_contact_is_not_accepted_and_the_others_are_in_their_order(acc
     list_id = hubspot.open("champions")
     outcomes = hubspot.add(list_id, [person(1), person(2), person(3)], "b1")
     assert outcomes == [
-        (False, "no contact has this external_id"),
-        (True, f"contact {known}"),
-        (False, "no contact has this external_id"),
+        Outcome(False, "no contact has this external_id", final=False),
+        Outcome(True, f"contact {known}"),
+        Outcome(False, "no contact has this external_id", final=False),
     ]
     assert account.members[list_id] == {known}
     assert len(account.contacts) == 1
@@ -121,28 +121,28 @@ def test_leaving_the_last_list_clears_the_fields_and_leaving_another_does_not(ac
     hubspot.add(second, people, "b2")
     assert account.contacts[id]["propensity_lists"] == f"{first};{second}"
     leaving = Person(people[0].key, people[0].identifiers)
-    assert hubspot.remove(first, [leaving], "b3") == [(True, f"contact {id}")]
+    assert hubspot.remove(first, [leaving], "b3") == [Outcome(True, f"contact {id}")]
     assert account.contacts[id]["propensity"] == "0.25"
     hubspot.remove(second, [leaving], "b4")
     assert id not in account.members[first] | account.members[second]
     assert {name: value for name, value in account.contacts[id].items() if value} == {"external_id": "u0"}
-    assert hubspot.remove(second, [leaving], "b5") == [(True, f"contact {id}")]
+    assert hubspot.remove(second, [leaving], "b5") == [Outcome(True, f"contact {id}")]
 
 
 def test_what_people_wrote_among_the_lists_does_no_harm(account: stubs.HubSpot) -> None:
     hubspot, id = destination(account), account.contact(external_id="u0", propensity_lists="mine;9")
     list_id = hubspot.open("champions")
-    assert hubspot.add(list_id, [person(0)], "b1") == [(True, f"contact {id}")]
+    assert hubspot.add(list_id, [person(0)], "b1") == [Outcome(True, f"contact {id}")]
     assert account.contacts[id]["propensity_lists"] == f"9;{list_id};mine"
 
 
 def test_two_ids_of_one_person_are_two_contacts_and_two_people_of_one_id_are_one(account: stubs.HubSpot) -> None:
     hubspot, (_, (one, other)) = destination(account), crowd(account, 2)
     list_id = hubspot.open("champions")
-    assert hubspot.add(list_id, [person(7, ids=("u0", "u1"))], "b1") == [(True, f"contact {one}, {other}")]
+    assert hubspot.add(list_id, [person(7, ids=("u0", "u1"))], "b1") == [Outcome(True, f"contact {one}, {other}")]
     hubspot.remove(list_id, [person(7, ids=("u0", "u1"))], "b2")
     twins = [person(7, ids=("u0",), propensity=0.1), person(8, ids=("u0",), propensity=0.2)]
-    assert hubspot.add(list_id, twins, "b3") == [(True, f"contact {one}")] * 2
+    assert hubspot.add(list_id, twins, "b3") == [Outcome(True, f"contact {one}")] * 2
     assert account.members[list_id] == {one}
     assert account.contacts[one]["propensity"] == "0.2"
 
@@ -164,7 +164,11 @@ def test_contacts_that_go_away_meanwhile_are_not_accepted(account: stubs.HubSpot
     kept = [stubs._record(id, {}) for id in (ids[0], ids[2])]
     account.refuse("batch/update", 207, stubs._batch(kept, [gone]).body)
     outcomes = hubspot.add(list_id, people, "b1")
-    assert outcomes == [(True, f"contact {ids[0]}"), (False, "OBJECT_NOT_FOUND: gone"), (True, f"contact {ids[2]}")]
+    assert outcomes == [
+        Outcome(True, f"contact {ids[0]}"),
+        Outcome(False, "OBJECT_NOT_FOUND: gone"),
+        Outcome(True, f"contact {ids[2]}"),
+    ]
     assert account.members[list_id] == {ids[0], ids[2]}
 
 
@@ -172,7 +176,10 @@ def test_a_contact_that_the_list_does_not_find_is_not_accepted(account: stubs.Hu
     hubspot, (people, ids) = destination(account), crowd(account, 2)
     list_id = hubspot.open("champions")
     account.refuse("memberships/add", 200, {"recordsIdsAdded": ids[:1], "recordIdsMissing": ids[1:]})
-    assert hubspot.add(list_id, people, "b1") == [(True, f"contact {ids[0]}"), (False, "the contact is no more")]
+    assert hubspot.add(list_id, people, "b1") == [
+        Outcome(True, f"contact {ids[0]}"),
+        Outcome(False, "the contact is no more"),
+    ]
 
 
 # --- tasks ---
@@ -237,7 +244,7 @@ def test_a_task_that_is_refused_leaves_the_contact_as_it_was_so_that_it_is_tried
     error = stubs._error("VALIDATION_ERROR", "no such owner", objectWriteTraceId=[f"{ids[0]}-1"])
     account.refuse("tasks/batch/create", 207, stubs._batch([], [error]).body)
     outcomes = hubspot.add(list_id, champions, "b1")
-    assert outcomes[0] == (False, "no task: VALIDATION_ERROR: no such owner")
+    assert outcomes[0] == Outcome(False, "no task: VALIDATION_ERROR: no such owner")
     assert outcomes[1].accepted
     assert "propensity_segment" not in account.contacts[ids[0]]
     assert all(outcome.accepted for outcome in hubspot.add(list_id, champions, "b1"))
@@ -249,7 +256,7 @@ def test_a_task_that_another_process_made_meanwhile_counts_as_made(account: stub
     list_id = hubspot.open("champions")
     account.tasks["1"] = {"propensity_key": f"{id}-1"}
     account.refuse("tasks/batch/read", 200, stubs._batch([]).body)
-    assert hubspot.add(list_id, [person(0, segment="champions")], "b1") == [(True, f"contact {id}")]
+    assert hubspot.add(list_id, [person(0, segment="champions")], "b1") == [Outcome(True, f"contact {id}")]
     assert len(account.tasks) == 1
 
 
@@ -313,7 +320,7 @@ def test_who_leaves_a_list_that_is_gone_keeps_no_score(account: stubs.HubSpot) -
     list_id = hubspot.open("champions")
     hubspot.add(list_id, people, "b1")
     del account.lists[list_id]
-    assert hubspot.remove(list_id, people, "b2") == [(True, f"contact {id}")]
+    assert hubspot.remove(list_id, people, "b2") == [Outcome(True, f"contact {id}")]
     assert {name: value for name, value in account.contacts[id].items() if value} == {"external_id": "u0"}
 
 

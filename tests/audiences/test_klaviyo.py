@@ -14,7 +14,7 @@ from pydantic import SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
 from audiences.destinations.klaviyo import Klaviyo, Options, build
-from audiences.destinations.protocol import Busy, Person, Rejected
+from audiences.destinations.protocol import Busy, Outcome, Person, Rejected
 from tests.audiences.stubs import klaviyo as stubs
 
 FIELDS = {"propensity": 0.25, "propensity_model": "shop", "propensity_segment": "high_intent"}
@@ -51,7 +51,7 @@ def test_members_are_on_the_list_with_their_fields(account: stubs.Klaviyo) -> No
     outcomes = klaviyo.add(champions, people, "b1")
     assert account.lists == {champions: "Propensity champions"}
     assert account.members[champions] == {*ids}
-    assert outcomes == [(True, f"profile {id}") for id in ids]
+    assert outcomes == [Outcome(True, f"profile {id}") for id in ids]
     assert account.profiles[ids[3]] == {"external_id": "u3", "properties": {**FIELDS, "propensity_lists": [champions]}}
     assert len(account.sent("GET /api/profiles$")) == 10
     assert len(account.sent("POST /api/profile-bulk-import-jobs")) == 1
@@ -99,8 +99,8 @@ def test_who_is_no_profile_is_not_accepted_and_the_others_are_in_their_order(acc
     known = account.profile("u2")
     list_id = klaviyo.open("champions")
     outcomes = klaviyo.add(list_id, [person(1), person(2), person(3)], "b1")
-    none = (False, "no profile has this external_id")
-    assert outcomes == [none, (True, f"profile {known}"), none]
+    none = Outcome(False, "no profile has this external_id", final=False)
+    assert outcomes == [none, Outcome(True, f"profile {known}"), none]
     assert account.members[list_id] == {known}
 
 
@@ -118,20 +118,20 @@ def test_leaving_the_last_list_removes_the_fields_and_leaving_another_does_not(a
     klaviyo.add(first, [person(0)], "b1")
     klaviyo.add(second, [person(0)], "b2")
     leaving = Person(person(0).key, {"external_id": ("u0",)})
-    assert klaviyo.remove(first, [leaving], "b3") == [(True, f"profile {id}")]
+    assert klaviyo.remove(first, [leaving], "b3") == [Outcome(True, f"profile {id}")]
     kept = {"favourite": "shoes", **FIELDS, "propensity_lists": [second]}
     assert account.profiles[id]["properties"] == kept
     klaviyo.remove(second, [leaving], "b4")
     assert account.profiles[id]["properties"] == {"favourite": "shoes"}
     assert account.members == {first: set(), second: set()}
-    assert klaviyo.remove(second, [leaving], "b5") == [(True, f"profile {id}")]
+    assert klaviyo.remove(second, [leaving], "b5") == [Outcome(True, f"profile {id}")]
 
 
 def test_several_profiles_of_one_id_come_and_go_together_over_pages() -> None:
     with stubs.Klaviyo(page=2) as account:
         klaviyo, ids = destination(account), [account.profile("u1") for _ in range(5)]
         list_id = klaviyo.open("champions")
-        assert klaviyo.add(list_id, [person(1)], "b1") == [(True, f"profile {', '.join(ids)}")]
+        assert klaviyo.add(list_id, [person(1)], "b1") == [Outcome(True, f"profile {', '.join(ids)}")]
         assert account.members[list_id] == {*ids}
         klaviyo.remove(list_id, [person(1)], "b2")
         assert account.members[list_id] == set()
@@ -166,7 +166,7 @@ def test_profiles_that_an_import_refuses_are_not_accepted_and_not_on_the_list(ac
     account.failing = {id: f"refuses {id}" for id in ids[::2]}  # more errors than a page holds
     outcomes = klaviyo.add(list_id, people, "b1")
     assert [outcome.accepted for outcome in outcomes] == [False, True] * 125
-    assert outcomes[2] == (False, f"invalid: refuses {ids[2]}")
+    assert outcomes[2] == Outcome(False, f"invalid: refuses {ids[2]}")
     assert account.members[list_id] == {*ids[1::2]}
     assert len(account.sent("import-errors")) == 2
 
@@ -177,7 +177,7 @@ def test_an_error_that_names_nobody_counts_for_everybody(account: stubs.Klaviyo)
     account.failing = {ids[0]: "x"}
     error = {"type": "import-error", "id": "e", "attributes": {"code": "odd", "title": "", "detail": "?", "source": {}}}
     account.refuse("import-errors", 200, {"data": [error], "links": {}})
-    assert klaviyo.add(list_id, people, "b1") == [(False, "odd: ?")] * 2
+    assert klaviyo.add(list_id, people, "b1") == [Outcome(False, "odd: ?")] * 2
     assert account.members[list_id] == set()
 
 
@@ -255,7 +255,7 @@ def test_who_leaves_a_list_that_is_gone_keeps_no_score(account: stubs.Klaviyo) -
     list_id = klaviyo.open("champions")
     klaviyo.add(list_id, people, "b1")
     del account.lists[list_id]
-    assert klaviyo.remove(list_id, people, "b2") == [(True, f"profile {id}")]
+    assert klaviyo.remove(list_id, people, "b2") == [Outcome(True, f"profile {id}")]
     assert account.profiles[id]["properties"] == {}
 
 

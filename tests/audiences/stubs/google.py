@@ -14,7 +14,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -175,6 +175,8 @@ class GoogleStub:
         self.page = 2
         self.lists: dict[str, UserList] = {}
         self.members: dict[str, set[Identifier]] = {}
+        self.day = 0.0  # of the account's clock
+        self.added: dict[tuple[str, Identifier], float] = {}  # the day on which somebody was added last
         self.jobs: dict[str, JobState] = {}
         self.before: dict[str, Callable[[], Any]] = {}  # what happens once, right before a method is answered
         self.hold = False  # jobs stay RUNNING until `finish`
@@ -190,12 +192,24 @@ class GoogleStub:
         (found,) = [one.resource_name for one in self.lists.values() if one.name == name]
         return str(found)
 
-    def finish(self, fail: str | None = None) -> None:
-        """Work off every job that runs; with `fail` each fails, for that reason, having done nothing."""
+    def running(self) -> list[int]:
+        """The numbers of jobs that run."""
+        return [job.number for job in self.jobs.values() if job.status == STATUS.RUNNING]
+
+    def finish(self, fail: str | None = None, jobs: Collection[int] | None = None, share: float = 0) -> None:
+        """Work off jobs that run, all or those; with `fail` each fails, for that reason, having done a share of it."""
         with self._lock:
             for job in self.jobs.values():
-                if job.status == STATUS.RUNNING:
-                    self._work_off(job, fail)
+                if job.status == STATUS.RUNNING and (jobs is None or job.number in jobs):
+                    self._work_off(job, fail, share)
+
+    def pass_days(self, days: float) -> None:
+        """Let time pass: who was not added again stays no longer than the list says."""
+        with self._lock:
+            self.day += days
+            for name, held in self.members.items():
+                stay = self.lists[name].membership_life_span
+                held -= {one for one in held if self.day - self.added[name, one] >= stay}
 
     def put(self, name: str, **changes: Any) -> str:
         """A list that is there already."""
@@ -386,17 +400,18 @@ class GoogleStub:
             self._refuse_request("offline_user_data_job_error", "JOB_ALREADY_STARTED", request.resource_name)
         job.status = STATUS.RUNNING
         if not self.hold:
-            self._work_off(job, None)
+            self._work_off(job, None, 0)
         return operations_pb2.Operation(name=f"{request.resource_name}/operation")
 
-    def _work_off(self, job: JobState, fail: str | None) -> None:
+    def _work_off(self, job: JobState, fail: str | None, share: float) -> None:
         job.status = STATUS.FAILED if fail else STATUS.SUCCESS
         if fail:
             job.reason = getattr(REASON, fail)
-            return
         held = self.members[job.list_id]
-        for removing, identifiers in job.operations:
+        done = round(len(job.operations) * share) if fail else len(job.operations)
+        for removing, identifiers in job.operations[:done]:
             (held.difference_update if removing else held.update)(identifiers)
+            self.added.update({(job.list_id, one): self.day for one in identifiers})
 
     # --- GoogleAdsService ---
 
