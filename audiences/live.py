@@ -114,14 +114,10 @@ class Live:
                 own["model"] = model
         return found
 
-    def erased(self, audience: str) -> Iterator[str]:
-        """Keys of those whose erasure ended a membership, as long as the journal of changes has it."""
-        if audience not in self._audiences:
-            return
-        since = ""
-        while changes := self.run(self.members.changes(audience, since, CHANGES)).items:
-            yield from (change.visitor_id for change in changes if not change.entered and change.why == ERASED)
-            since = changes[-1].cursor
+    def erased(self, keys: Sequence[str]) -> Collection[str]:
+        """Those of the keys whose visitors were erased within the retention."""
+        found: Collection[str] = self.run(Erasures(self.store).noted(keys))
+        return found
 
 
 class Journals:

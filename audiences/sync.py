@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import islice
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -340,7 +339,6 @@ class _Run(_Either):
 
     def _remove(self, own: List, stage: Stage, why: str, counts: Counts) -> None:
         traces: list[bytes] = []
-        erased = _Erased(self.wanted, own.audience)
 
         def removals() -> Iterator[plan.Removal]:
             for step in self._steps(own, stage, why):
@@ -349,12 +347,21 @@ class _Run(_Either):
                 elif isinstance(step, plan.Trace):
                     traces.append(step.known.key)
                     if len(traces) >= self.destination.limits.members:
-                        self.ledger.forget(own, traces, erased.of(traces))
+                        self._forget(own, traces)
                         traces.clear()
 
         for batch in _chunks(removals(), self.destination.limits.members):
-            self._remove_batch(own, stage, [erased.told(one) for one in batch], counts)
-        self.ledger.forget(own, traces, erased.of(traces))
+            erased = self._erased([one.known.key for one in batch if not one.stays])
+            told = [one._replace(why=ledgers.ERASED) if one.known.key in erased else one for one in batch]
+            self._remove_batch(own, stage, told, counts)
+        self._forget(own, traces)
+
+    def _forget(self, own: List, traces: Sequence[bytes]) -> None:
+        self.ledger.forget(own, traces, list(self._erased(traces)))
+
+    def _erased(self, keys: Sequence[bytes]) -> set[bytes]:
+        """Those of the keys whose visitors were erased; nothing is kept of them, wherever they were."""
+        return set(map(bytes.fromhex, self.wanted.erased([key.hex() for key in keys]))) if keys else set()
 
     def _remove_batch(self, own: List, stage: Stage, batch: Sequence[plan.Removal], counts: Counts) -> None:
         held = stage.held(one.identifiers for one in batch)
@@ -398,26 +405,6 @@ class _Run(_Either):
         list_id = own.list_id
         self.sender.tried(lambda: write(list_id, plan.taken(self.ledger.known(own), stage.members_in_order())))
         self.ledger.in_step(own, self.sender.clock.now_ms(), snapshot=True)
-
-
-class _Erased:
-    """Who left an audience by being erased; read when somebody has left at all."""
-
-    def __init__(self, wanted: Wanted, audience: str) -> None:
-        self._wanted, self._audience = wanted, audience
-
-    @cached_property
-    def _keys(self) -> set[bytes]:
-        return {bytes.fromhex(key) for key in self._wanted.erased(self._audience)}
-
-    def of(self, keys: Sequence[bytes]) -> list[bytes]:
-        """Those of the keys."""
-        return [key for key in keys if key in self._keys]
-
-    def told(self, removal: plan.Removal) -> plan.Removal:
-        """The removal, with its cause where that is it."""
-        is_erased = removal.why == plan.LEFT and removal.known.key in self._keys
-        return removal._replace(why=ledgers.ERASED) if is_erased else removal
 
 
 def _tell(counts: Counts, batch: Working, outcome: Outcome, undone: Undone) -> None:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from audiences.destinations.protocol import Person, Purpose
@@ -33,5 +33,5 @@ class Wanted(Protocol):
     ) -> Iterator[Candidate]:
         """All members in any order, some held in memory at a time; one that comes twice counts as it came last."""
 
-    def erased(self, audience: str) -> Iterator[str]:
-        """Keys of those who left the audience because they were erased, as far as that is remembered."""
+    def erased(self, keys: Sequence[str]) -> Collection[str]:
+        """Those of the keys whose visitors were erased, as far as that is remembered."""

@@ -12,7 +12,7 @@ import hashlib
 import resource
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -60,9 +60,9 @@ class Crowd:
         """One person."""
         return 1
 
-    def erased(self, audience: str) -> Iterator[str]:
+    def erased(self, keys: Sequence[str]) -> Collection[str]:
         """Nobody."""
-        return iter(())
+        return ()
 
     def candidates(
         self, audience: str, purpose: Purpose, forms: Sequence[str], fields: Sequence[str]

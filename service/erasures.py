@@ -71,6 +71,14 @@ class Erasures:
             if late:
                 await forget(sorted(late))
 
+    async def noted(self, keys: Sequence[str]) -> frozenset[str]:
+        """Those of the keys whose visitors were erased within the retention, come back or not."""
+        found: set[str] = set()
+        for some in slices(keys, _ASKED):
+            (moments,) = await self._cache.run(("ZMSCORE", self._key, *some))
+            found |= {key for key, at_ms in zip(some, moments, strict=True) if at_ms is not None}
+        return frozenset(found)
+
     async def _state(self) -> tuple[int, list[bytes]]:
         """Something that is another after each erasure."""
         count, latest = await self._cache.run(("ZCARD", self._key), ("ZRANGE", self._key, -1, -1, "WITHSCORES"))

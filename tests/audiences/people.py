@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from audiences.destinations.protocol import Person, Purpose
@@ -57,5 +57,5 @@ class People:
     ) -> Iterator[Candidate]:
         return (one.candidate for one in self.lists[audience].values())
 
-    def erased(self, audience: str) -> Iterator[str]:
-        return iter([key_of(name) for name in self.gone])
+    def erased(self, keys: Sequence[str]) -> Collection[str]:
+        return set(keys) & {key_of(name) for name in self.gone}

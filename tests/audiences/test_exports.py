@@ -8,7 +8,7 @@ import io
 import math
 import re
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -220,8 +220,8 @@ class Members:
         for name, identifiers, allowed in self.people:
             yield Candidate(Person(hashed(name), identifiers, {}), "1", allowed)
 
-    def erased(self, audience: str) -> Iterator[str]:
-        return iter(())
+    def erased(self, keys: Sequence[str]) -> Collection[str]:
+        return ()
 
 
 def known(name: str, *, emails: int = 1, phones: int = 1) -> Mapping[str, tuple[str, ...]]:

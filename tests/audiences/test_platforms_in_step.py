@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -89,8 +89,8 @@ class World:
             if audience in held and wanted:
                 yield Candidate(Person(sha(name), wanted), "1", allowed)
 
-    def erased(self, audience: str) -> Iterator[str]:
-        return iter(())
+    def erased(self, keys: Sequence[str]) -> Collection[str]:
+        return ()
 
     # --- what should be ---
 
