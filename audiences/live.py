@@ -15,16 +15,18 @@ from audiences.destinations.protocol import Person, Purpose
 from audiences.wanted import Candidate
 from service.app import open_store
 from service.consent import Identities, Known
+from service.core import bundle
+from service.core.bundle import Bundle
 from service.erasures import Erasures, key_of
 from service.errors import CursorGone, InvalidCursor
 from service.journal import Journal
 from service.members import ERASED, Audience, Change, Members
+from service.models import served_version
 from service.propensities import Move, Propensities
 from service.settings import Settings
 from service.store import Store
 
 PAGE: Final = 2_000
-CHANGES: Final = 10_000
 DIGITS: Final = 4  # of a score: a change beyond them is none that a CRM should be told of
 
 
@@ -33,6 +35,7 @@ class Live:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings.model_copy(update={"redis_timeout_ms": 10_000})
+        self._bundles: dict[str, Bundle] = {}
         self._runner = asyncio.Runner()
         self._stack = AsyncExitStack()
 
@@ -96,15 +99,24 @@ class Live:
             person = Person(key_of(visitor_id), one.identifiers if allowed else {}, own if allowed else {})
             yield Candidate(person, one.rules, allowed)
 
+    def percentile(self, model: str, score: float) -> int:
+        """Of a score by the version that is served, in whole percents: finer ones tremble. Raises InvalidBundle."""
+        if model not in self._bundles:
+            directory = self._settings.artifacts / model
+            self._bundles[model] = bundle.load(directory / served_version(directory))
+        return int(self._bundles[model].percentile(score))
+
     async def _fields(
         self, definition: Mapping[str, Any], ids: Sequence[str], fields: Sequence[str]
     ) -> list[dict[str, str | float]]:
         found: list[dict[str, str | float]] = [{} for _ in ids]
         model = definition.get("model")
-        if model and "propensity" in fields:
+        if model and {"propensity", "percentile"} & set(fields):
             for own, score in zip(found, await self.propensities.of(model, ids), strict=True):
                 if score is not None:
                     own["propensity"] = round(score, DIGITS)
+                    if "percentile" in fields:
+                        own["percentile"] = self.percentile(model, score)
         if model and "segment" in fields:
             for own, segment in zip(found, await self.propensities.segments(model, ids), strict=True):
                 if segment is not None:

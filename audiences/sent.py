@@ -72,13 +72,17 @@ class Foreseen:
 
     def _fields(self, place: int, fields: Sequence[str]) -> dict[str, str | float]:
         found: dict[str, str | float] = {}
-        propensity, segment = self._chosen.propensity, self._chosen.segment
-        if propensity is not None and "propensity" in fields and not np.isnan(propensity[place]):
-            found["propensity"] = round(float(propensity[place]), DIGITS)
+        propensity, segment, model = self._chosen.propensity, self._chosen.segment, self._audience.model
+        if propensity is not None and not np.isnan(propensity[place]):
+            score = float(propensity[place])
+            if {"propensity", "percentile"} & set(fields):
+                found["propensity"] = round(score, DIGITS)
+            if model is not None and "percentile" in fields:
+                found["percentile"] = self._live.percentile(model, score)
         if segment is not None and "segment" in fields and segment[place] >= 0:
             found["segment"] = SEGMENTS[segment[place]]
-        if self._audience.model is not None and "model" in fields:
-            found["model"] = self._audience.model
+        if model is not None and "model" in fields:
+            found["model"] = model
         return found
 
     def erased(self, audience: str) -> Iterator[str]:
@@ -112,9 +116,8 @@ def _sent(
 ) -> Sent:
     try:
         found = entry(name)
-        destination = found.build()
+        options = sync.Options(dry_run=True)
+        (counts,) = sync.run(ledger, found.build(), wanted, found.sending, audience, options, progress)
     except PropensityError as error:
         return Sent(name, copy.synced_ms, copy.size, None, str(error))
-    options = sync.Options(dry_run=True)
-    (counts,) = sync.run(ledger, destination, wanted, found.sending, audience, options, progress)
     return Sent(name, copy.synced_ms, copy.size, counts)

@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
+from audiences.destinations.options import Kept
 from audiences.destinations.options import Options as Base
 from audiences.destinations.protocol import KEY, Busy, Limits, Outcome, Person, Purpose, Rejected
 from audiences.destinations.webhook import FORMS
@@ -32,8 +33,8 @@ from service.core.errors import PropensityError
 
 Format = Literal["parquet", "csv", "ndjson"]
 
-FIELDS: Final = ("propensity", "segment")
-NUMBERS: Final = ("propensity",)
+FIELDS: Final[tuple[Kept, ...]] = ("propensity", "segment")
+NUMBERS: Final = {"propensity": pa.float64(), "percentile": pa.int32()}
 STAMP: Final = "%Y%m%dT%H%M%SZ"
 ROWS_AT_ONCE: Final = 10_000
 LASTING: Final = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
@@ -50,7 +51,7 @@ class Options(Base):
     purpose: Purpose = Field(description="What people must have agreed to: ads, email, crm or analytics.")
     format: Format = Field("parquet", description="parquet, csv or ndjson.")
     forms: tuple[str, ...] = Field(FORMS, description="Identifiers that are written, beside the key.")
-    fields: tuple[str, ...] = Field(FIELDS, description="Fields that are written.")
+    fields: tuple[Kept, ...] = Field(FIELDS, description="Fields that are written.")
     changes: bool = Field(True, description="Whether to write changes, beside whole lists.")
     keep_days: int = Field(30, ge=1, description="Days that files of changes are kept, which may name who was removed.")
 
@@ -63,7 +64,7 @@ class Files:
         self.purpose = options.purpose
         self.limits = Limits(100_000, 1000, 1)
         self.forms = (KEY, *options.forms)
-        self.fields = options.fields
+        self.fields: tuple[str, ...] = options.fields
         self._options = options
         self._now = now or (lambda: datetime.datetime.now(datetime.UTC))
         try:
@@ -114,7 +115,7 @@ class Files:
 
     def _parquet(self, file: IO[bytes], rows: Iterable[Row], columns: Sequence[str]) -> None:
         types = {form: pa.list_(pa.string()) for form in self._options.forms}
-        types |= {field: pa.float64() for field in NUMBERS}
+        types |= NUMBERS
         schema = pa.schema([(name, types.get(name, pa.string())) for name in columns])
         with pq.ParquetWriter(file, schema, compression="zstd") as writer:
             for chunk in _chunks(rows):

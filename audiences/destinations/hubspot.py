@@ -24,8 +24,6 @@ from audiences.destinations import options
 from audiences.destinations.protocol import Busy, Limits, Outcome, Person, Purpose, Rejected
 from service.core.segments import SEGMENTS
 
-Kept = Literal["propensity", "segment", "model"]
-
 FORM: Final = "external_id"
 BATCH: Final = 100  # "API usage guidelines and limits": records of a batch request
 CALLS: Final = 5  # requests that one batch takes at most: contacts, tasks that are there, new tasks, fields, list
@@ -36,6 +34,7 @@ TASK_TO_CONTACT: Final = 204  # "Associations": type of the association of a tas
 GROUP: Final = "propensity"
 LISTS: Final = "propensity_lists"
 ENTERINGS: Final = "propensity_enterings"
+NUMBERS: Final = ("propensity", "propensity_percentile", ENTERINGS)
 KEY: Final = "propensity_key"  # of a task
 _CONNECT_S: Final = 10.0
 _HOUR: Final = 3600.0
@@ -78,7 +77,7 @@ class Options(options.Options):
     token: options.Secret = Field(description="Access token of a private app.")
     id_property: str = Field("external_id", description="The contacts' property with your user ids; unique values.")
     prefix: str = Field("Propensity ", description="Put before the name of an audience to name its list.")
-    fields: tuple[Kept, ...] = Field(
+    fields: tuple[options.Kept, ...] = Field(
         ("propensity", "segment"), description="Fields that contacts keep; [] for lists alone."
     )
     task: Task | None = Field(None, description="A task for sales when a contact enters a segment; none unless given.")
@@ -335,9 +334,8 @@ class HubSpot:
                 "(Settings, Properties, 'Require unique values') and fill it with your user ids, "
                 "or name the one that you have as id_property"
             )
-        numbers = ("propensity", ENTERINGS)
         for name in self._ours():
-            self._ensure("contacts", name, "number" if name in numbers else "string")
+            self._ensure("contacts", name, "number" if name in NUMBERS else "string")
         if self._given.task:
             self._ensure("tasks", KEY, "string", unique=True)
         self._prepared = True

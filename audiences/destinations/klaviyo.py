@@ -13,7 +13,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 from urllib.parse import parse_qs, quote, urlsplit
 
 import klaviyo_api
@@ -24,8 +24,6 @@ from pydantic import Field
 
 from audiences.destinations import options
 from audiences.destinations.protocol import Busy, Limits, Outcome, Person, Purpose, Rejected
-
-Kept = Literal["propensity", "segment", "model"]
 
 FORM: Final = "external_id"
 MEMBERS: Final = 1000  # "Add Profiles to List", "Remove Profiles from List": profiles a request
@@ -41,7 +39,7 @@ class Options(options.Options):
 
     api_key: options.Secret = Field(description="Private API key.")
     prefix: str = Field("Propensity ", description="Put before the name of an audience to name its list.")
-    fields: tuple[Kept, ...] = Field(
+    fields: tuple[options.Kept, ...] = Field(
         ("propensity", "segment"), description="Fields that profiles keep; [] for lists alone."
     )
     job_wait_s: float = Field(120, gt=0, description="Seconds to wait for an import of fields; then it is tried again.")

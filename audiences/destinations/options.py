@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, SecretStr
 
@@ -22,6 +22,7 @@ def _referred(value: object) -> object:
 
 
 Secret = Annotated[SecretStr, BeforeValidator(_referred)]
+Kept = Literal["propensity", "percentile", "segment", "model"]  # what a destination may be given of a person
 
 
 class Options(BaseModel):

@@ -14,11 +14,12 @@ from typing import Any, Final
 import msgspec
 from pydantic import Field
 
+from audiences.destinations.options import Kept
 from audiences.destinations.protocol import KEY, Busy, Limits, Outcome, Person, Purpose
 from audiences.signed import Endpoint, post
 
 FORMS: Final = ("external_id", "google.email", "google.phone", "meta.email", "meta.phone", "meta.external_id")
-FIELDS: Final = ("segment",)
+FIELDS: Final[tuple[Kept, ...]] = ("segment",)
 
 
 class Options(Endpoint):
@@ -26,7 +27,9 @@ class Options(Endpoint):
 
     purpose: Purpose = Field(description="What people must have agreed to: ads, email, crm or analytics.")
     forms: tuple[str, ...] = Field(FORMS, description="Identifiers that are sent, beside the key.")
-    fields: tuple[str, ...] = Field(FIELDS, description="Fields that are sent; a change of one sends the member again.")
+    fields: tuple[Kept, ...] = Field(
+        FIELDS, description="Fields that are sent; a change of one sends the member again."
+    )
     members: int = Field(1000, ge=1, le=100_000, description="Members a request.")
     requests_per_minute: int = Field(600, ge=1, description="Requests that the receiver wants in a minute at most.")
 
@@ -39,7 +42,7 @@ class WebhookDestination:
         self.purpose = options.purpose
         self.limits = Limits(options.members, options.requests_per_minute, 60)
         self.forms = (KEY, *options.forms)
-        self.fields = options.fields
+        self.fields: tuple[str, ...] = options.fields
         self._endpoint = options
 
     def open(self, audience: str) -> str:

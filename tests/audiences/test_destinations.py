@@ -14,7 +14,7 @@ import fsspec
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from pydantic import SecretStr
+from pydantic import SecretStr, ValidationError
 
 from audiences import ledger as ledgers
 from audiences import sync, triggers
@@ -43,9 +43,9 @@ def test_a_webhook_is_told_members_signed_by_standard_webhooks() -> None:
         ours = hook(receiver.url)
         refused = Person("f" * 64, {"external_id": ("zoe",)})
         assert [tuple(one) for one in ours.add("vip", [ANNA, BERT, refused], "batch-1")] == [
-            (True, "200"),
-            (True, "200"),
-            (False, "of no use here"),
+            (True, "200", True),
+            (True, "200", True),
+            (False, "of no use here", True),
         ]
         assert [one.accepted for one in ours.remove("vip", [BERT], "batch-2")] == [True]
         report = receiver.report()
@@ -124,6 +124,15 @@ def test_no_redirect_is_followed(tmp_path: Path) -> None:
     assert seen == ["/"]
 
 
+def test_fields_that_nobody_gives_are_refused() -> None:
+    for kind, options in (
+        (files, {"url": "out"}),
+        (webhook, {"url": "https://x.example", "secret": SecretStr(SECRET)}),
+    ):
+        with pytest.raises(ValidationError, match="Input should be 'propensity', 'percentile', 'segment' or 'model'"):
+            kind.Options.model_validate({**options, "purpose": "crm", "fields": ["score"]})
+
+
 # --- files ---
 
 
@@ -134,8 +143,9 @@ def whole(url: str, **given: object) -> files.Files:
 
 @pytest.mark.parametrize("kind", ["parquet", "csv", "ndjson"])
 def test_a_list_is_one_file_and_each_change_another(tmp_path: Path, kind: str) -> None:
-    out = whole(str(tmp_path), format=kind, forms=("google.email",))
-    person = Person(ANNA.key, ANNA.identifiers, {"propensity": 0.25, "segment": "champions"})
+    fields = ("propensity", "percentile", "segment")
+    out = whole(str(tmp_path), format=kind, forms=("google.email",), fields=fields)
+    person = Person(ANNA.key, ANNA.identifiers, {"propensity": 0.25, "percentile": 87, "segment": "champions"})
     out.add("vip", [person], "one")
     out.remove("vip", [person], "two")
     out.write("vip", iter([person]))
@@ -146,6 +156,7 @@ def test_a_list_is_one_file_and_each_change_another(tmp_path: Path, kind: str) -
         "key": ANNA.key,
         "google.email": email if kind == "csv" else str([email]),
         "propensity": "0.25",
+        "percentile": "87",
         "segment": "champions",
     }
     [added] = read(tmp_path / "changes" / "vip" / f"20261124T120000Z-one.{kind}")

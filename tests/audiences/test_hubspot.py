@@ -74,6 +74,13 @@ def test_properties_and_list_are_made_once(account: stubs.HubSpot) -> None:
     assert first.open("warm") != list_id
 
 
+def test_a_percentile_is_a_number_of_contacts(account: stubs.HubSpot) -> None:
+    hubspot, (people, (id,)) = destination(account, fields=("percentile",)), crowd(account, 1)
+    hubspot.add(hubspot.open("champions"), [Person(people[0].key, people[0].identifiers, {"percentile": 87})], "b1")
+    assert account.properties["contacts"]["propensity_percentile"]["type"] == "number"
+    assert account.contacts[id]["propensity_percentile"] == "87"
+
+
 def test_a_list_whose_making_went_unanswered_is_not_made_again(account: stubs.HubSpot) -> None:
     hubspot = destination(account)
     account.lose("POST /crm/v3/lists")

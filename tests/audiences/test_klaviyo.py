@@ -45,6 +45,12 @@ def crowd(account: stubs.Klaviyo, n: int) -> tuple[list[Person], list[str]]:
     return [person(number) for number in range(n)], [account.profile(f"u{number}") for number in range(n)]
 
 
+def test_a_percentile_is_kept_on_profiles(account: stubs.Klaviyo) -> None:
+    klaviyo, (people, (id,)) = destination(account, fields=("percentile",)), crowd(account, 1)
+    klaviyo.add(klaviyo.open("champions"), [Person(people[0].key, people[0].identifiers, {"percentile": 87})], "b1")
+    assert account.profiles[id]["properties"]["propensity_percentile"] == 87
+
+
 def test_members_are_on_the_list_with_their_fields(account: stubs.Klaviyo) -> None:
     klaviyo, (people, ids) = destination(account), crowd(account, 1000)
     champions = klaviyo.open("champions")
@@ -391,5 +397,5 @@ def shown(field: FieldInfo) -> str:
 
 
 def test_a_field_that_nobody_gives_is_refused() -> None:
-    with pytest.raises(ValidationError, match="Input should be 'propensity', 'segment' or 'model'"):
+    with pytest.raises(ValidationError, match="Input should be 'propensity', 'percentile', 'segment' or 'model'"):
         Options(api_key=SecretStr("x"), fields=("propensty",))
