@@ -141,7 +141,7 @@ def run(
             _Sender(ledger, destination, sending, options, holder, number, clock) as sender,
             _kept(ledger, sender.lease, clock),
         ):
-            begun = _Run(ledger, destination, wanted, names.defined, progress, sender)
+            begun = _Run(ledger, destination, wanted, names.defined, progress, clock, sender)
             done = [begun.list(one) for one in begun.reviewed(names.all)]
         ledger.compact(clock.now_ms() - options.retention_ms)
         result = ", ".join(f"{sum(one.why.values())} of {one.audience} sent" for one in done)
@@ -222,20 +222,16 @@ def _kept(ledger: Ledger, lease: Lease, clock: Clock) -> Iterator[None]:
 # --- one list ---
 
 
+@dataclass
 class _Either:
     """What a run and a dry run have in common: staging, and both readings side by side."""
 
-    def __init__(
-        self,
-        ledger: Ledger,
-        destination: Destination,
-        wanted: Wanted,
-        defined: set[str],
-        progress: Progress,
-        clock: Clock,
-    ) -> None:
-        self.ledger, self.destination, self.wanted = ledger, destination, wanted
-        self.defined, self.progress, self.clock = defined, progress, clock
+    ledger: Ledger
+    destination: Destination
+    wanted: Wanted
+    defined: set[str]
+    progress: Progress
+    clock: Clock
 
     def list(self, counts: Counts) -> Counts:
         audience = counts.audience
@@ -288,20 +284,11 @@ class _Dry(_Either):
                 counts.why[f"{REMOVE}: {step.why}"] += 1
 
 
+@dataclass
 class _Run(_Either):
     """Does it."""
 
-    def __init__(
-        self,
-        ledger: Ledger,
-        destination: Destination,
-        wanted: Wanted,
-        defined: set[str],
-        progress: Progress,
-        sender: _Sender,
-    ) -> None:
-        super().__init__(ledger, destination, wanted, defined, progress, sender.clock)
-        self.sender = sender
+    sender: _Sender
 
     def reviewed(self, audiences: Sequence[str]) -> Sequence[Counts]:
         """What became, since, of batches that runs before have sent; those that failed are undone in the ledger."""

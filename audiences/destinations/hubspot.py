@@ -10,21 +10,20 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Final, Literal, NamedTuple
 
 import hubspot
-import urllib3
 from hubspot.crm import contacts, lists, properties
 from hubspot.crm.objects import tasks
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from audiences.destinations import options
+from audiences.destinations.crm import FORM, LISTS, TOLD, Client, added, after_s, property_of, removed
 from audiences.destinations.protocol import Busy, Limits, Outcome, Person, Purpose, Rejected
 from service.core.segments import SEGMENTS
 
-FORM: Final = "external_id"
 BATCH: Final = 100  # "API usage guidelines and limits": records of a batch request
 CALLS: Final = 5  # requests that one batch takes at most: contacts, tasks that are there, new tasks, fields, list
 FIRST: Final = 10  # requests that a process begins with, to look at properties
@@ -32,13 +31,10 @@ CONTACTS: Final = "0-1"  # type of object of a contact
 TASK_TO_CONTACT: Final = 204  # "Associations": type of the association of a task with a contact
 
 GROUP: Final = "propensity"
-LISTS: Final = "propensity_lists"
 ENTERINGS: Final = "propensity_enterings"
 NUMBERS: Final = ("propensity", "propensity_percentile", ENTERINGS)
 KEY: Final = "propensity_key"  # of a task
-_CONNECT_S: Final = 10.0
 _HOUR: Final = 3600.0
-_TOLD: Final = 200
 
 _REFUSALS: Final = (
     contacts.ApiException,
@@ -129,6 +125,7 @@ class HubSpot:
         self._prepared = False
         # The client would try three times by itself; that is the synchronisation's.
         crm = hubspot.HubSpot(access_token=given.token.get_secret_value(), host=given.endpoint, retry=False).crm
+        self._ask = Client("HubSpot", given.timeout_s, _REFUSALS, _mapped).ask
         self._contacts = crm.contacts.batch_api
         self._tasks = crm.objects.tasks.batch_api
         self._lists = crm.lists.lists_api
@@ -161,8 +158,7 @@ class HubSpot:
             }
         )
         refused |= self._put(list_id, [id for id in wanted if id not in refused])
-        none = Outcome(False, f"no contact has this {FORM}", final=False)
-        return [_outcome(_of(person, found), refused, none) for person in people]
+        return [added("contact", _of(person, found), refused) for person in people]
 
     def remove(self, list_id: str, people: Sequence[Person], batch: str) -> list[Outcome]:
         """Take contacts off the list, and clear the fields of who is on no list of ours any more.
@@ -175,8 +171,7 @@ class HubSpot:
         if leaving:
             self._ask("taking off a list", self._memberships.remove, int(list_id), [*leaving], missing=True)
         refused = self._write({id: self._left(contact, list_id) for id, contact in leaving.items()})
-        none = Outcome(True, f"no contact has this {FORM}, so none is on the list")
-        return [_outcome(_of(person, found), refused, none) for person in people]
+        return [removed("contact", _of(person, found), refused) for person in people]
 
     # --- contacts ---
 
@@ -222,7 +217,7 @@ class HubSpot:
         return {str(id): "the contact is no more" for id in answer.record_ids_missing or ()}
 
     def _values(self, contact: Contact, person: Person, on: Iterable[str]) -> dict[str, str]:
-        values = {_property(field): _text(person.fields.get(field, "")) for field in self.fields}
+        values = {property_of(field): _text(person.fields.get(field, "")) for field in self.fields}
         if self.fields:
             values[LISTS] = _joined(on)
         if self._enters(contact, person):
@@ -233,11 +228,11 @@ class HubSpot:
         rest = contact.lists - {list_id}
         if rest or not self.fields:
             return {LISTS: _joined(rest)} if self.fields else {}
-        return {_property(field): "" for field in self.fields} | {LISTS: ""}
+        return {property_of(field): "" for field in self.fields} | {LISTS: ""}
 
     def _ours(self) -> list[str]:
         return [
-            *map(_property, self.fields),
+            *map(property_of, self.fields),
             *([LISTS] if self.fields else []),
             *([ENTERINGS] if self._given.task else []),
         ]
@@ -250,7 +245,7 @@ class HubSpot:
         return (
             task is not None
             and person.fields.get("segment") == task.segment
-            and contact.kept.get(_property("segment")) != task.segment
+            and contact.kept.get(property_of("segment")) != task.segment
         )
 
     def _make_tasks(self, wanted: Iterable[tuple[Contact, Person]]) -> dict[str, str]:
@@ -368,28 +363,16 @@ class HubSpot:
         if self._ask("reading a group of properties", read, kind, GROUP, missing=True) is None:
             self._ask("making a group of properties", self._groups.create, kind, wanted)
 
-    # --- asking ---
-
-    def _ask(self, what: str, call: Callable[..., Any], *arguments: Any, missing: bool = False) -> Any:
-        """The answer to a request, None where nothing is found and that is expected. Raises Busy and Rejected."""
-        try:
-            return call(*arguments, _request_timeout=(min(_CONNECT_S, self._given.timeout_s), self._given.timeout_s))
-        except _REFUSALS as error:
-            if missing and error.status == 404:
-                return None
-            raise _mapped(what, error) from None
-        except urllib3.exceptions.HTTPError as error:
-            raise Busy(f"HubSpot gave no answer when {what}: {type(error).__name__}") from None
-
 
 def _mapped(what: str, error: Any) -> Busy | Rejected:
     """What a refusal means, in HubSpot's words."""
     body = _parsed(error.body)
-    said = f"HubSpot, {what}: {error.status} {str(body.get('message') or error.reason)[:_TOLD]}"
+    said = f"HubSpot, {what}: {error.status} {str(body.get('message') or error.reason)[:TOLD]}"
     if body.get("correlationId"):
         said = f"{said} ({body['correlationId']})"
     if error.status in (409, 423, 429, 477) or error.status >= 500:  # a conflict: somebody else just did the same
-        return Busy(said, _after_s(error.headers, body))
+        told_s = after_s(error.headers)
+        return Busy(said, _POLICIES.get(str(body.get("policyName"))) if told_s is None else told_s)
     if error.status == 404 and body.get("category") == "OBJECT_NOT_FOUND" and what == "updating contacts":
         return Busy(said)  # a contact went away since it was read; the next attempt does not find it
     hints = {
@@ -397,13 +380,6 @@ def _mapped(what: str, error: Any) -> Busy | Rejected:
         403: "; does the private app have the scopes of docs/destinations/hubspot.md?",
     }
     return Rejected(said + hints.get(error.status, ""))
-
-
-def _after_s(headers: Mapping[str, str] | None, body: Mapping[str, Any]) -> float | None:
-    try:
-        return max(0.0, float((headers or {})["Retry-After"]))
-    except (KeyError, ValueError):
-        return _POLICIES.get(str(body.get("policyName")))
 
 
 def _parsed(body: Any) -> dict[str, Any]:
@@ -427,24 +403,11 @@ def _only_missing(answer: Any) -> None:
 
 
 def _told(error: Any) -> str:
-    return f"{error.category}: {error.message}"[:_TOLD]
+    return f"{error.category}: {error.message}"[:TOLD]
 
 
 def _of(person: Person, found: Mapping[str, Contact]) -> list[Contact]:
     return [found[id] for id in person.identifiers.get(FORM, ()) if id in found]
-
-
-def _outcome(own: Sequence[Contact], refused: Mapping[str, str], none: Outcome) -> Outcome:
-    """Accepted is who was found, if none of the contacts found was refused; `none` is for who was not found."""
-    if not own:
-        return none
-    reasons = [refused[contact.id] for contact in own if contact.id in refused]
-    return Outcome(False, reasons[0]) if reasons else Outcome(True, f"contact {', '.join(one.id for one in own)}")
-
-
-def _property(field: str) -> str:
-    """The name of the property that keeps a field."""
-    return field if field.startswith("propensity") else f"propensity_{field}"
 
 
 def _joined(lists: Iterable[str]) -> str:

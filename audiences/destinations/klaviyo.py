@@ -18,20 +18,16 @@ from urllib.parse import parse_qs, quote, urlsplit
 
 import klaviyo_api
 import openapi_client
-import urllib3
 from openapi_client.rest import RESTClientObject
 from pydantic import Field
 
 from audiences.destinations import options
+from audiences.destinations.crm import FORM, LISTS, TOLD, Client, added, after_s, property_of, removed
 from audiences.destinations.protocol import Busy, Limits, Outcome, Person, Purpose, Rejected
 
-FORM: Final = "external_id"
 MEMBERS: Final = 1000  # "Add Profiles to List", "Remove Profiles from List": profiles a request
 PAGE: Final = 100  # "Get Profiles": profiles a page
 FILTER: Final = 6000  # characters of an encoded filter: an address longer than 8 kB is refused by many servers
-LISTS: Final = "propensity_lists"
-_CONNECT_S: Final = 10.0
-_TOLD: Final = 200
 
 
 class Options(options.Options):
@@ -81,6 +77,7 @@ class Klaviyo:
         )
         api.configuration.retries = False
         api.api_client.rest_client = RESTClientObject(api.configuration)  # which alone reads `retries`
+        self._ask = Client("Klaviyo", given.timeout_s, (openapi_client.ApiException,), _mapped).ask
         self._lists = api.Lists
         self._profiles = api.Profiles
 
@@ -106,8 +103,7 @@ class Klaviyo:
         self._change(
             "putting on a list", self._lists.add_profiles_to_list, list_id, (id for id in wanted if id not in refused)
         )
-        none = Outcome(False, f"no profile has this {FORM}", final=False)
-        return [_outcome(_of(person, found), refused, none) for person in people]
+        return [added("profile", _of(person, found), refused) for person in people]
 
     def remove(self, list_id: str, people: Sequence[Person], batch: str) -> list[Outcome]:
         """Take profiles off the list, and remove the fields of who is on no list of ours any more.
@@ -118,8 +114,7 @@ class Klaviyo:
         leaving = {profile.id: profile for person in people for profile in _of(person, found)}
         self._change("taking off a list", self._lists.remove_profiles_from_list, list_id, leaving, missing=True)
         refused = self._import([self._left(profile, profile.lists - {list_id}) for profile in leaving.values()])
-        none = Outcome(True, f"no profile has this {FORM}, so none is on the list")
-        return [_outcome(_of(person, found), refused, none) for person in people]
+        return [removed("profile", _of(person, found), refused) for person in people]
 
     # --- profiles ---
 
@@ -139,13 +134,13 @@ class Klaviyo:
         return found
 
     def _values(self, profile: Profile, person: Person, on: Iterable[str]) -> dict[str, Any]:
-        values = {_property(field): _value(person.fields.get(field)) for field in self.fields}
+        values = {property_of(field): _value(person.fields.get(field)) for field in self.fields}
         return {"type": "profile", "id": profile.id, "attributes": {"properties": {**values, LISTS: sorted(on)}}}
 
     def _left(self, profile: Profile, rest: Iterable[str]) -> dict[str, Any]:
         if on := sorted(rest):
             return {"type": "profile", "id": profile.id, "attributes": {"properties": {LISTS: on}}}
-        gone = [*map(_property, self.fields), LISTS]
+        gone = [*map(property_of, self.fields), LISTS]
         return {"type": "profile", "id": profile.id, "attributes": {}, "meta": {"patch_properties": {"unset": gone}}}
 
     def _change(
@@ -173,7 +168,7 @@ class Klaviyo:
             own = error["attributes"]
             place = re.search(r"/profiles/data/(\d+)", (own.get("source") or {}).get("pointer") or "")
             meant = [profiles[int(place[1])]] if place else profiles  # of whom it does not say, may be anybody
-            refused |= {one["id"]: f"{own['code']}: {own['detail']}"[:_TOLD] for one in meant}
+            refused |= {one["id"]: f"{own['code']}: {own['detail']}"[:TOLD] for one in meant}
         return refused
 
     def _finished(self, job: Any) -> Any:
@@ -200,36 +195,17 @@ class Klaviyo:
                 return
             cursor = {"page_cursor": parse_qs(urlsplit(following).query)["page[cursor]"][0]}
 
-    def _ask(self, what: str, call: Callable[..., Any], *arguments: Any, missing: bool = False, **named: Any) -> Any:
-        """The answer to a request, None where nothing is found and that may be. Raises Busy and Rejected."""
-        timeouts = (float(min(_CONNECT_S, self._given.timeout_s)), float(self._given.timeout_s))
-        try:
-            return call(*arguments, **named, _request_timeout=timeouts)
-        except openapi_client.ApiException as error:
-            if missing and error.status == 404:
-                return None
-            raise _mapped(what, error) from None
-        except urllib3.exceptions.HTTPError as error:
-            raise Busy(f"Klaviyo gave no answer when {what}: {type(error).__name__}") from None
-
 
 def _mapped(what: str, error: Any) -> Busy | Rejected:
     """What a refusal means, in Klaviyo's words."""
     first = _first(error.body)
-    said = f"Klaviyo, {what}: {error.status} {str(first.get('detail') or error.reason)[:_TOLD]}"
+    said = f"Klaviyo, {what}: {error.status} {str(first.get('detail') or error.reason)[:TOLD]}"
     if first.get("id"):
         said = f"{said} ({first['id']})"
     if error.status == 429 or error.status >= 500:
-        return Busy(said, _after_s(error.headers))
+        return Busy(said, after_s(error.headers))
     hints = {401: "; is api_key right?", 403: "; does the key have the scopes of docs/destinations/klaviyo.md?"}
     return Rejected(said + hints.get(error.status, ""))
-
-
-def _after_s(headers: Mapping[str, str] | None) -> float | None:
-    try:
-        return max(0.0, float((headers or {})["Retry-After"]))
-    except (KeyError, ValueError):
-        return None
 
 
 def _first(body: str | None) -> dict[str, Any]:
@@ -243,19 +219,6 @@ def _first(body: str | None) -> dict[str, Any]:
 
 def _of(person: Person, found: Mapping[str, Sequence[Profile]]) -> list[Profile]:
     return [profile for id in person.identifiers.get(FORM, ()) for profile in found.get(id, ())]
-
-
-def _outcome(own: Sequence[Profile], refused: Mapping[str, str], none: Outcome) -> Outcome:
-    """Accepted is who was found, if none of the profiles found was refused; `none` is for who was not found."""
-    if not own:
-        return none
-    reasons = [refused[profile.id] for profile in own if profile.id in refused]
-    return Outcome(False, reasons[0]) if reasons else Outcome(True, f"profile {', '.join(one.id for one in own)}")
-
-
-def _property(field: str) -> str:
-    """The name of the property that keeps a field."""
-    return field if field.startswith("propensity") else f"propensity_{field}"
 
 
 def _value(value: str | float | None) -> str | float | None:

@@ -71,17 +71,7 @@ def stub(made: Certificate) -> Iterator[GoogleStub]:
 
 
 def options(stub: GoogleStub, **changes: Any) -> Options:
-    given: dict[str, Any] = {
-        "customer_id": "123-456-7890",
-        "login_customer_id": "987-654-3210",
-        "developer_token": SecretStr(stub.developer_token),
-        "client_id": stub.client_id,
-        "client_secret": SecretStr(stub.client_secret),
-        "refresh_token": SecretStr(stub.refresh_token),
-        "endpoint": stub.endpoint,
-        "token_url": stub.token_url,
-        "timeout_s": 10,
-    }
+    given = {**stub.options, "customer_id": "123-456-7890", "login_customer_id": "987-654-3210", "timeout_s": 10}
     return Options.model_validate(given | changes)
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from pydantic import SecretStr
 
 from audiences import ledger as ledgers
 from audiences import plan, sync
@@ -57,17 +56,7 @@ class Account:
         self.stub.pass_days(days)
 
     def run(self, **options: Any) -> sync.Counts:
-        given = {
-            "customer_id": self.stub.customer_id,
-            "login_customer_id": self.stub.login_customer_id,
-            "developer_token": SecretStr(self.stub.developer_token),
-            "client_id": self.stub.client_id,
-            "client_secret": SecretStr(self.stub.client_secret),
-            "refresh_token": SecretStr(self.stub.refresh_token),
-            "endpoint": self.stub.endpoint,
-            "token_url": self.stub.token_url,
-            "membership_days": self.days,
-        }
+        given = self.stub.options | {"membership_days": self.days}
         ads = google.build("ours", google.Options.model_validate(given))
         ads.limits = Limits(self.batch, 100_000, 1.0)
         clock = sync.Clock(lambda: self.now_ms)

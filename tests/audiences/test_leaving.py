@@ -122,16 +122,7 @@ def at_webhook(stack: ExitStack, directory: Path) -> tuple[Destination, Holds]:
 def at_google(stack: ExitStack, directory: Path) -> tuple[Destination, Holds]:
     stub = stack.enter_context(google_stub.serving(google_stub.GoogleStub(), google_stub.certificate()))
     stack.callback(lambda: _unbroken(stub.broken))
-    options = {
-        "customer_id": stub.customer_id,
-        "login_customer_id": stub.login_customer_id,
-        "developer_token": SecretStr(stub.developer_token),
-        "client_id": stub.client_id,
-        "client_secret": SecretStr(stub.client_secret),
-        "refresh_token": SecretStr(stub.refresh_token),
-        "endpoint": stub.endpoint,
-        "token_url": stub.token_url,
-    }
+    options = stub.options
     return google.build("ours", google.Options.model_validate(options)), lambda: str(stub.members)
 
 

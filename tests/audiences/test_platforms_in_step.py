@@ -166,16 +166,7 @@ class Google(Platform):
         self.stub.faults.append(google_stub.Fault(method, code, after=dice.random() < 0.5))
 
     def build(self) -> Any:
-        given = {
-            "customer_id": self.stub.customer_id,
-            "login_customer_id": self.stub.login_customer_id,
-            "developer_token": SecretStr(self.stub.developer_token),
-            "client_id": self.stub.client_id,
-            "client_secret": SecretStr(self.stub.client_secret),
-            "refresh_token": SecretStr(self.stub.refresh_token),
-            "endpoint": self.stub.endpoint,
-            "token_url": self.stub.token_url,
-        }
+        given = self.stub.options
         return google.build("platform", google.Options.model_validate(given))
 
     def held(self, audience: str) -> set[Identifier]:

@@ -49,6 +49,7 @@ from google.ads.googleads.v26.services.types import (
 from google.longrunning import operations_pb2
 from google.protobuf import any_pb2
 from google.rpc import status_pb2
+from pydantic import SecretStr
 
 FAILURE: Final = "google.ads.googleads.v26.errors.googleadsfailure-bin"
 SERVICES: Final = "google.ads.googleads.v26.services"
@@ -187,6 +188,20 @@ class GoogleStub:
         self._lock = threading.RLock()
 
     # --- what tests do ---
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """How a destination reaches it."""
+        return {
+            "customer_id": self.customer_id,
+            "login_customer_id": self.login_customer_id,
+            "developer_token": SecretStr(self.developer_token),
+            "client_id": self.client_id,
+            "client_secret": SecretStr(self.client_secret),
+            "refresh_token": SecretStr(self.refresh_token),
+            "endpoint": self.endpoint,
+            "token_url": self.token_url,
+        }
 
     def list_named(self, name: str) -> str:
         (found,) = [one.resource_name for one in self.lists.values() if one.name == name]
