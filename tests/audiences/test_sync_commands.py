@@ -90,6 +90,16 @@ def test_who_wonders_why_a_list_is_empty_is_told(capsys: pytest.CaptureFixture[s
     ]
 
 
+def test_what_became_of_earlier_batches_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    counts = Counts("vip", working=1200, notes=["job 5000: FAILED: 3 were not added after all; 3 are sent again"])
+    _print([counts], "ours", dry_run=False)
+    assert capsys.readouterr().err.splitlines() == [
+        "Note: vip: job 5000: FAILED: 3 were not added after all; 3 are sent again",
+        "Note: vip: the platform still works off 1,200 members; the next run asks what became of them",
+    ]
+    assert counts.plain()["notes"] == counts.notes
+
+
 def test_a_list_goes_from_the_feature_cache_into_a_file(run: Run, world: World, tmp_path: Path) -> None:
     destinations(tmp_path, ours=lists())
     assert run("sync", "--to", "ours", "--dry-run", "--json").status == 0
