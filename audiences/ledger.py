@@ -404,6 +404,12 @@ class Ledger:
             rows = connection.execute(found.group_by(lists.c.id).order_by(lists.c.destination))
             return [Copy(*row) for row in rows]
 
+    def destinations(self) -> set[str]:
+        """The destinations that may have somebody."""
+        held = sa.exists().where(members.c.list == lists.c.id)
+        with self.reading.connect() as connection:
+            return set(connection.execute(sa.select(lists.c.destination).where(held)).scalars())
+
     def list_of(self, destination: str, audience: str) -> List:
         """The list of an audience; a new one has no members and is not opened."""
         row = {"destination": destination, "audience": audience, "stale": True}

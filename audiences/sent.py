@@ -5,7 +5,7 @@ No platform is reached: what they have is what the ledger says.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -85,9 +85,9 @@ class Foreseen:
             found["model"] = model
         return found
 
-    def erased(self, audience: str) -> Iterator[str]:
-        """Keys of those who left the audience because they were erased."""
-        return self._live.erased(audience)
+    def erased(self, keys: Sequence[str]) -> Collection[str]:
+        """Those of the keys whose visitors were erased within the retention."""
+        return self._live.erased(keys)
 
 
 def compare(

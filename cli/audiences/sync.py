@@ -65,7 +65,8 @@ def sync(
     from audiences.live import Live
 
     settings = service_settings.load()
-    entry = registry.load(destinations).destination(to)
+    file = registry.load(destinations)
+    entry = file.destination(to)
     built = entry.build()
     options = syncing.Options(
         dry_run=dry_run, wait_s=wait, retention_ms=keep_days * ledgers.DAY_MS, remove_all=remove_all
@@ -74,9 +75,13 @@ def sync(
     try:
         with stages() as report, Live(settings) as wanted, ledgers.opened(address(ledger, settings)) as opened:
             counts = syncing.run(opened, built, wanted, entry.sending, name, options, report)
+            unnamed = opened.destinations() - set(file.destinations)
     except ledgers.Held as error:
         print(f"propensity: {error}", file=sys.stderr)
         raise typer.Exit(ANOTHER_RUNS) from None
+    for other in sorted(unnamed):
+        said = f"still has members and is not in {destinations}, so nobody who withdraws is removed there"
+        console.print(f"Note: {other} {said}; name it until its lists are empty", markup=False, soft_wrap=True)
     if as_json:
         print(json.dumps([one.plain() for one in counts], indent=2))
     else:

@@ -190,6 +190,15 @@ def test_where_no_audience_is_left_it_is_said_how_the_lists_are_emptied(run: Run
     assert rows(tmp_path / "lists" / "first.ndjson") == {}
 
 
+def test_a_destination_that_is_not_in_the_file_any_more_and_has_members_is_told(run: Run, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'ledger.db'}"
+    destinations(tmp_path, ours=lists(), theirs=lists("more"))
+    assert run("sync", "--to", "ours", "--ledger", url).err == ""
+    destinations(tmp_path, theirs=lists("more"))
+    said = run("sync", "--to", "theirs", "--ledger", url).err
+    assert said.startswith("Note: ours still has members and is not in destinations.yaml, so nobody who withdraws is")
+
+
 def hash_of(one: Visitor) -> str:
     return identity.hashed("google.email", one.email)
 
