@@ -93,6 +93,30 @@ def test_no_body_is_answered_as_a_bug_of_the_service(service: ServiceProcess, pa
             assert b"application/problem+json" in answer, (name, answer)
 
 
+DIGITS = "1" * 30_000
+SLOW_TO_READ: dict[str, dict[str, Any]] = {
+    "a price": {"event": "Product Viewed", "properties": {"price": f"{DIGITS}x"}},
+    "a moment": {"event": "Product Viewed", "timestamp": f"{DIGITS}x"},
+    "a refused text": {"event": "", "properties": {"note": f"{DIGITS}x"}},
+    "a refused trait": {"event": "", "traits": {"note": "1 " * 15_000 + "x"}},
+    "an address": {"type": "identify", "traits": {"email": "a" + "\u0301\u0316" * 7000 + "@b.example"}},
+    "a number": {"type": "identify", "traits": {"phone": f"+{DIGITS}x"}},
+}
+
+
+@pytest.mark.parametrize("name", SLOW_TO_READ)
+def test_no_event_keeps_the_service_from_answering(service: ServiceProcess, name: str) -> None:
+    body = json.dumps({"userId": "u", **SLOW_TO_READ[name]}, ensure_ascii=False)
+    used_s = _processor_seconds(service)
+    httpx2.post(f"{service.url}/v1/events", content=body.encode(), headers=JSON, timeout=60)
+    assert _processor_seconds(service) - used_s < 0.2
+
+
+def _processor_seconds(service: ServiceProcess) -> float:
+    fields = Path(f"/proc/{service.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
 @pytest.mark.parametrize("path", ROUTES)
 def test_however_a_body_is_sent_the_connection_gets_an_answer_or_ends(service: ServiceProcess, path: str) -> None:
     port, body = service.port, b'{"visitor_id":"x"}'
