@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 
 from service.errors import CursorGone, InvalidCursor
 from service.servers import Command
-from service.shards import SHARDS, Cache
+from service.shards import SHARDS, Cache, Page
 
 CHUNK: Final = 128
 _PAGE: Final = 500
@@ -179,17 +179,18 @@ class Journal:
         (following,) = await self._cache.run(("HGET", self.known_key, "next"))
         return int(following) - 1 if following else 0
 
-    async def read(self, since: str, count: int) -> list[Entry]:
+    async def read(self, since: str, count: int) -> Page[Entry]:
         """Up to `count` lines after the number `since`, or from the first one that is kept if that is empty.
 
-        Those of erased visitors are left out, and the page is shorter by them, but never empty before the end.
+        Those of erased visitors are left out, and the page is shorter by them, but never empty before the end. Its
+        cursor is the number of its last line, or None where no line came after that.
         Raises CursorGone if lines after `since` are not kept any more, InvalidCursor if it never was a number here.
         """
         start = _number(since) + 1 if since else 0
         while True:
             reply = await self._cache.run(("EVAL", _READ, 2, self.key, self.known_key, start, count, CHUNK))
             if not reply[0]:
-                return []
+                return Page([], None)
             first, following = int(reply[0][0]), int(reply[0][1])
             if start and start < first:
                 raise CursorGone("what changed after `since` is not kept any more; read all members anew, then go on")
@@ -199,7 +200,7 @@ class Journal:
             entries = list(_entries(start, min(count, following - start), reply[0][2:]))
             found = [entry for entry in entries if entry.line]
             if found or not entries:
-                return found
+                return Page(found, str(found[-1].number) if found and entries[-1].number + 1 < following else None)
             start = entries[-1].number + 1
 
     async def scrub(self, tag: str) -> int:

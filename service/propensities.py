@@ -410,12 +410,12 @@ class Propensities:
 
     async def moves(self, model: str, since: str, n: int) -> Page[Move]:
         """Up to n moves after the cursor `since`, from the first that is kept if it is empty; see `Journal.read`."""
-        entries = await self.journal(model).read(since, n)
+        entries, cursor = await self.journal(model).read(since, n)
         moves = []
         for number, line in entries:
             at_ms, left, entered, tag = line.split(" ")
             moves.append(Move(str(number), int(at_ms), text_of(tag), model, text_of(left) or None, text_of(entered)))
-        return Page(moves, moves[-1].cursor if len(moves) == n else None)
+        return Page(moves, cursor)
 
     def journal(self, model: str) -> Journal:
         """The journal of the moves of a model."""

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
@@ -20,7 +20,7 @@ from service.api.state import CurrentMembers
 from service.errors import StoreError, UnknownAudience, answers
 from service.members import ERASED, Audience, Change, Member, Members
 from service.scoring import iso_8601
-from service.shards import CURSOR
+from service.shards import CURSOR, Page
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ _MEDIA: Final = {"json": "application/json", "ndjson": NDJSON, "csv": CSV}
 _FORMULA: Final = ("=", "+", "-", "@", "\t", "\r")
 
 Format = Literal["json", "ndjson", "csv"]
+Write = Callable[[Page[Member]], bytes]
 Name = Annotated[str, Path(description="Name of the audience, as in the definitions.")]
 Limit = Annotated[int, Query(ge=1, le=MOST, description="The most that one page has.")]
 
@@ -138,15 +139,15 @@ async def members_of(
     """
     await _find(members, name)
     chosen = format or _accepted(accept)
-    first = await members.page(name, cursor, STREAM_PAGE if chosen != "json" else limit or STREAM_PAGE)
     if chosen == "json":
-        page = {"members": [_member(one) for one in first.items], "cursor": first.cursor}
-        return Response(as_json(page), media_type=_MEDIA[chosen])
-    pages = _pages(members, name, first.items, first.cursor)
-    headers = {"Content-Disposition": f'attachment; filename="{name}.csv"'} if chosen == "csv" else None
+        body, _ = await _page(members, name, cursor, limit or STREAM_PAGE, _json)
+        return Response(body, media_type=_MEDIA[chosen])
     write = _csv if chosen == "csv" else _ndjson
+    first, following = await _page(members, name, cursor, STREAM_PAGE, write)
+    headers = {"Content-Disposition": f'attachment; filename="{name}.csv"'} if chosen == "csv" else None
     head = b"visitor_id,entered_at\r\n" if chosen == "csv" and not cursor else b""
-    return _Stream(_stream(head, pages, write), media_type=_MEDIA[chosen], headers=headers)
+    rest = _pages(members, name, head + first, following, write)
+    return _Stream(rest, media_type=_MEDIA[chosen], headers=headers)
 
 
 @router.get(
@@ -232,40 +233,39 @@ def as_json(content: object) -> bytes:
         return json.dumps(content).encode("ascii")
 
 
-def _ndjson(members: Sequence[Member]) -> bytes:
-    return b"".join([as_json(_member(one)) + b"\n" for one in members])
+def _json(page: Page[Member]) -> bytes:
+    return as_json({"members": [_member(one) for one in page.items], "cursor": page.cursor})
 
 
-def _csv(members: Sequence[Member]) -> bytes:
+def _ndjson(page: Page[Member]) -> bytes:
+    return b"".join([as_json(_member(one)) + b"\n" for one in page.items])
+
+
+def _csv(page: Page[Member]) -> bytes:
     """Lines of CSV (RFC 4180). An id that a spreadsheet would take for a formula gets an apostrophe before it."""
     text = io.StringIO()
     writer = csv.writer(text)
-    for one in members:
+    for one in page.items:
         guard = "'" if one.visitor_id.startswith(_FORMULA) else ""
         writer.writerow([guard + one.visitor_id, iso_8601(one.entered_ms)])
     return text.getvalue().encode("utf-8", "backslashreplace")
 
 
-async def _pages(
-    members: Members, name: str, items: Sequence[Member], cursor: str | None
-) -> AsyncIterator[Sequence[Member]]:
-    """The rest of an audience, one page in memory at a time."""
-    yield items
+async def _page(members: Members, name: str, cursor: str | None, limit: int, write: Write) -> tuple[bytes, str | None]:
+    """A page as it is sent, and the cursor of the next one."""
+    async with members.turns:
+        page = await members.page(name, cursor, limit)
+        return write(page), page.cursor
+
+
+async def _pages(members: Members, name: str, first: bytes, cursor: str | None, write: Write) -> AsyncIterator[bytes]:
+    """The first page and the others; the next one is read when the client has taken most of the last one."""
+    if first:
+        yield first
     while cursor is not None:
-        page = await members.page(name, cursor, STREAM_PAGE)
-        cursor = page.cursor
-        yield page.items
-
-
-async def _stream(
-    head: bytes, pages: AsyncIterator[Sequence[Member]], write: Callable[[Sequence[Member]], bytes]
-) -> AsyncIterator[bytes]:
-    """What is sent; the next page is read when the client has taken most of the last one."""
-    if head:
-        yield head
-    async for items in pages:
-        if items:
-            yield write(items)
+        body, cursor = await _page(members, name, cursor, STREAM_PAGE, write)
+        if body:
+            yield body
 
 
 def _accepted(accept: str) -> Format:

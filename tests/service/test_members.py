@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from service.core import events
 from service.erasures import key_of
 from service.errors import CursorGone, InvalidCursor
-from service.members import ERASED, Change, Member, Members
+from service.members import ERASED, Change, Member, Members, TooManyAudiences
 from service.servers import Command
 from service.store import History, Store
 from tests.conftest import RedisServer
@@ -132,6 +132,40 @@ async def test_audiences_are_listed_with_what_is_known_of_them(store: Store) -> 
     assert [one.name for one in await members.names()] == ["other"]
     assert await members_of(members, "best") == {}
     assert await changes_of(members, "best") == []
+
+
+async def test_an_audience_that_is_listed_while_it_begins_stays_known(store: Store) -> None:
+    members = Members(store)
+    await members._register("best")
+    assert await members.names() == []
+    await store.run(("HSET", members.journal("best").known_key, "described_ms", NOW_MS))
+    assert [one.name for one in await members.names()] == ["best"]
+
+
+async def test_names_of_audiences_that_are_gone_leave_their_place_to_others(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.members.MOST_AUDIENCES", 2)
+    members = Members(store)
+    await members.describe("kept", "{}", NOW_MS)
+    await members._register("gone")
+    await members.describe("new", "{}", NOW_MS)
+    assert [one.name for one in await members.names()] == ["kept", "new"]
+    with pytest.raises(TooManyAudiences):
+        await members.describe("another", "{}", NOW_MS)
+
+
+async def test_a_page_that_is_shorter_by_who_was_erased_is_not_taken_for_the_last(store: Store) -> None:
+    members = Members(store)
+    for place, name in enumerate(("a", "gone", "b", "c")):
+        await members.change("best", {name: 1}, [], NOW_MS + place, "score")
+    await members.forget(["gone"])
+    page = await members.changes("best", "", 2)
+    assert ([one.visitor_id for one in page.items], page.cursor) == (["a"], page.items[-1].cursor)
+    page = await members.changes("best", page.cursor or "", 3)
+    assert [one.visitor_id for one in page.items] == ["b", "c"]
+    page = await members.changes("best", page.cursor or "", 3)
+    assert ([one.why for one in page.items], page.cursor) == ([ERASED], None)
 
 
 async def test_who_was_erased_does_not_enter_again_before_coming_back(store: Store) -> None:

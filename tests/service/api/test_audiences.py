@@ -6,6 +6,7 @@ import asyncio
 import csv
 import json
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import pytest
@@ -13,8 +14,9 @@ from fastapi.testclient import TestClient
 
 from service.app import create_app
 from service.erasures import key_of
-from service.members import Members
+from service.members import Member, Members
 from service.settings import Settings
+from service.shards import Page
 from service.store import Store
 from tests.conftest import DAY_MS, MakeSettings, RedisServer
 
@@ -162,3 +164,23 @@ def test_without_the_feature_cache_each_route_says_so(
             response = client.get(f"/v1/{path}")
             assert response.status_code == 503, path
             assert response.json()["type"] == "urn:propensity:problem:store-unavailable"
+
+
+def test_however_many_stream_pages_are_made_two_at_a_time(
+    settings: Settings, best: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page, at_once = Members.page, [0, 0]
+
+    async def counted(members: Members, audience: str, cursor: str | None, n: int) -> Page[Member]:
+        at_once[0] += 1
+        at_once[1] = max(at_once)
+        try:
+            return await page(members, audience, cursor, n)
+        finally:
+            at_once[0] -= 1
+
+    monkeypatch.setattr(Members, "page", counted)
+    with TestClient(create_app(settings)) as client, ThreadPoolExecutor(8) as pool:
+        texts = list(pool.map(lambda _: client.get("/v1/audiences/best/members?format=ndjson").text, range(16)))
+    assert {text.count("\n") for text in texts} == {len(best)}
+    assert at_once == [0, 2]
