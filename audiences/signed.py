@@ -9,6 +9,7 @@ import base64
 import datetime
 import email.utils
 import http.client
+import time
 import urllib.error
 import urllib.request
 from typing import Final, NamedTuple
@@ -62,10 +63,12 @@ class Answer(NamedTuple):
 
 
 class _Staying(urllib.request.HTTPRedirectHandler):
-    """Follows no redirect: a signed request is for the address that was given."""
+    """Follows no redirect, nor looks where it leads: a signed request is for the address that was given."""
 
-    def redirect_request(self, *_: object) -> None:
+    def http_error_302(self, *_: object) -> None:
         return None
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302  # type: ignore[assignment]
 
 
 _open: Final = urllib.request.build_opener(_Staying).open
@@ -86,9 +89,10 @@ def post(endpoint: Endpoint, name: str, body: bytes, at: datetime.datetime) -> A
     }
     request = urllib.request.Request(str(endpoint.url), body, headers, method="POST")
     host = urlsplit(str(endpoint.url)).netloc.rpartition("@")[2]
+    until_s = time.monotonic() + endpoint.timeout_s
     try:
         with _open(request, timeout=endpoint.timeout_s) as answer:
-            return Answer(answer.status, answer.read(MOST_READ))
+            return Answer(answer.status, _read(answer, until_s))
     except urllib.error.HTTPError as error:
         with error:
             said = f"{host} answers {error.code}: {_shortened(error)}"
@@ -99,9 +103,19 @@ def post(endpoint: Endpoint, name: str, body: bytes, at: datetime.datetime) -> A
         raise Busy(f"{host} does not answer ({getattr(error, 'reason', None) or type(error).__name__})") from None
 
 
+def _read(answer: http.client.HTTPResponse, until_s: float) -> bytes:
+    """The body, up to MOST_READ of it. Raises TimeoutError where it goes on, byte by byte, beyond a moment."""
+    body = bytearray()
+    while len(body) < MOST_READ and (part := answer.read1(MOST_READ - len(body))):
+        body += part
+        if time.monotonic() > until_s:
+            raise TimeoutError
+    return bytes(body)
+
+
 def _shortened(error: urllib.error.HTTPError) -> str:
     try:
-        text = error.read(300).decode("utf-8", "replace").strip()
+        text = error.read1(300).decode("utf-8", "replace").strip()
     except (OSError, http.client.HTTPException):
         text = ""
     return " ".join(text.split())[:200] or error.reason
@@ -111,7 +125,7 @@ def _seconds(text: str | None, now: datetime.datetime) -> float | None:
     """Seconds that Retry-After asks for, which is a number or a date."""
     if text is None:
         return None
-    if text.strip().isdigit():
+    if text.strip().isdecimal():
         return float(text)
     try:
         return max(0.0, (email.utils.parsedate_to_datetime(text) - now).total_seconds())

@@ -157,6 +157,10 @@ class Trigger:
         """Take the lease; who has it instead, or None."""
         return self._ledger.take(*self.lease[:2], now_ms, self.lease.lease_ms)
 
+    def keep(self, now_ms: int) -> None:
+        """Hold the lease for longer. Raises LeaseLost where somebody else has it."""
+        self._ledger.keep(self.lease, now_ms)
+
     def let_go(self) -> None:
         """End the lease."""
         self._ledger.give_back(self.lease.name, self.lease.holder)
@@ -254,17 +258,32 @@ class Trigger:
         )
         return self._select(deliveries.c.dead.is_(False) & (deliveries.c.due_ms <= now_ms) & ~earlier, AT_ONCE)
 
-    def deliver(self, sources: Sources, clock_ms: Callable[[], int], told: Told, pool: ThreadPoolExecutor) -> bool:
-        """Post what is due, side by side for different visitors. Whether anything was."""
+    def deliver(
+        self,
+        sources: Sources,
+        clock_ms: Callable[[], int],
+        told: Told,
+        pool: ThreadPoolExecutor,
+        keep: Callable[[], None],
+    ) -> bool:
+        """Post what is due, side by side for different visitors. Whether anything was.
+
+        `keep` is called from time to time: a receiver that hangs takes minutes for what is due.
+        """
         rows = self.due(clock_ms())
         if not rows:
             return False
-        self._ledger.keep(self.lease, clock_ms())
+        keep()
         gone = set(sources.erased(sorted({one.visitor_id for one in rows if one.visitor_id is not None})))
         if gone:
             told.erased += self._forget_all(gone)
             rows = [one for one in rows if one.visitor_id not in gone]
-        answers = list(pool.map(self._post, rows))
+        kept_ms, answers = clock_ms(), []
+        for answer in pool.map(self._post, rows):
+            answers.append(answer)
+            if clock_ms() - kept_ms > LEASE_MS // 4:
+                keep()
+                kept_ms = clock_ms()
         now_ms = clock_ms()
         failed = [(row, error) for row, error in zip(rows, answers, strict=True) if error is not None]
         done = [row.id for row, error in zip(rows, answers, strict=True) if error is None]
@@ -328,13 +347,18 @@ def run(
     told = {trigger.name: Told() for trigger in triggers}
     for trigger in triggers:
         trigger.forget_erased(sources, told[trigger.name])
+
+    def keep() -> None:
+        for trigger in triggers:
+            trigger.keep(clock_ms())
+
     with ThreadPoolExecutor(LANES) as pool:
         while True:
             busy = False
             for trigger in triggers:
                 own = told[trigger.name]
                 busy |= trigger.take(sources, clock_ms(), own)
-                busy |= trigger.deliver(sources, clock_ms, own, pool)
+                busy |= trigger.deliver(sources, clock_ms, own, pool, keep)
             if not busy and pause():
                 break
     for trigger in triggers:

@@ -78,7 +78,7 @@ def _refused(body: bytes) -> Mapping[str, object]:
         return {}
     try:
         answer = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise Busy("the receiver's answer begins like JSON and is none, so who was taken is not known") from None
     refused = answer.get("rejected") or {}
     if not isinstance(refused, Mapping):

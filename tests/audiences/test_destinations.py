@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import datetime
 import json
+import socket
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +24,7 @@ from pydantic import SecretStr, ValidationError
 from audiences import ledger as ledgers
 from audiences import sync, triggers
 from audiences.destinations import files, registry, webhook
-from audiences.destinations.protocol import Busy, Person, Purpose, Rejected
+from audiences.destinations.protocol import Busy, DestinationError, Person, Purpose, Rejected
 from audiences.signed import post
 from service.core.errors import PropensityError
 from tests.audiences.people import People, Somebody, key_of
@@ -93,7 +98,6 @@ def test_wrong_options_of_a_webhook_are_told_without_the_secret(given: dict[str,
 
 def test_no_redirect_is_followed(tmp_path: Path) -> None:
     import http.server
-    import threading
 
     seen: list[str] = []
 
@@ -131,6 +135,57 @@ def test_fields_that_nobody_gives_are_refused() -> None:
     ):
         with pytest.raises(ValidationError, match="Input should be 'propensity', 'percentile', 'segment' or 'model'"):
             kind.Options.model_validate({**options, "purpose": "crm", "fields": ["score"]})
+
+
+def _dripping(connection: socket.socket) -> None:
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+    for _ in range(40):
+        connection.sendall(b"x")
+        time.sleep(0.05)
+
+
+def _endless(connection: socket.socket) -> None:
+    connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+    while True:
+        connection.sendall(b"x" * 65_536)
+
+
+@pytest.mark.parametrize(
+    ("answer", "outcome"),
+    [
+        (b"", "Busy: does not answer (RemoteDisconnected)"),
+        (b"\0\1\2\n" * 100, "Busy: does not answer (BadStatusLine)"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "Busy: does not answer (IncompleteRead)"),
+        (b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 200 + b"\r\n", "Busy: does not answer (HTTPException)"),
+        (b"HTTP/1.1 429 Slow\r\nRetry-After: \xb2\r\n\r\n", "Busy: answers 429: Slow"),
+        (b"HTTP/1.1 302 Found\r\nLocation: http://[\r\n\r\n", "Rejected: answers 302: Found"),
+        (b"HTTP/1.1 307 Moved\r\nLocation: /elsewhere\r\n\r\n", "Rejected: answers 307: Moved"),
+        (b"HTTP/1.1 410 Gone\r\nContent-Length: 99\r\n\r\ngone", "Rejected: answers 410: gone"),
+        (_dripping, "Busy: does not answer (TimeoutError)"),
+        (_endless, "taken"),
+    ],
+)
+def test_whatever_a_receiver_answers_is_told_as_busy_or_rejected_and_in_time(
+    answer: bytes | Callable[[socket.socket], None], outcome: str
+) -> None:
+    def serve() -> None:
+        connection, _ = server.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.recv(65_536)
+            connection.sendall(answer) if isinstance(answer, bytes) else answer(connection)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        serving = threading.Thread(target=serve)
+        serving.start()
+        port = server.getsockname()[1]
+        ours = hook(f"http://127.0.0.1:{port}/?token=canary", timeout_s=0.3)
+        try:
+            assert ours.add("vip", [ANNA], "batch-1") == [(True, "200")]
+            found = "taken"
+        except DestinationError as error:
+            found = f"{type(error).__name__}: {error}"
+        serving.join()
+    assert found.replace(f"127.0.0.1:{port} ", "") == outcome
 
 
 # --- files ---

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -12,6 +13,7 @@ from pydantic import SecretStr
 
 from audiences import ledger as ledgers
 from audiences import triggers
+from audiences.destinations.protocol import Busy
 from audiences.ledger import Ledger
 from audiences.triggers import Event, Options, Read, Told, Trigger
 from tests.audiences.hooks import Hook, hooked
@@ -216,3 +218,27 @@ def test_a_trigger_that_is_held_elsewhere_writes_nothing(bench: Bench) -> None:
         bench.run()
     with bench.ledger.reading.connect() as connection:
         assert connection.execute(sa.select(ledgers.deliveries)).all() == []
+
+
+def test_while_a_receiver_hangs_no_other_run_takes_any_trigger_over(
+    ledger: Ledger, hook: Hook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triggers, "LEASE_MS", 800)
+    log, holders = Log(), set[str | None]()
+    hanging, other = (Bench(ledger, log, options(hook), _now_ms(), name) for name in ("sales", "other"))
+    for visitor in range(12 * triggers.LANES):
+        log.move(f"v{visitor}", "nurture")
+
+    def hang(trigger: Trigger, row: triggers.Waiting) -> Busy:
+        time.sleep(0.1)
+        holders.update(ledger.take(f"trigger {name}", "elsewhere", _now_ms(), 1) for name in ("sales", "other"))
+        return Busy("does not answer")
+
+    monkeypatch.setattr(Trigger, "_post", hang)
+    told = triggers.run([hanging.trigger, other.trigger], log, _now_ms, lambda: True)
+    assert told["sales"].failed == 12 * triggers.LANES
+    assert holders == {"me"}
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
