@@ -43,6 +43,10 @@ OTHER: Final = "(other)"  # a category that the spec does not list
 REST: Final = "rest"  # the micro-segment of whom no rule of a segment describes
 CONTROL: Final = ".control"  # behind the name of an audience: who is held out of it
 
+MOST_VISITORS: Final = 10**9
+MOST_SHOWN: Final = 64
+MOST_OF_FEATURE: Final = 3.4028234e38
+
 Problem = tuple[Place, str]
 
 
@@ -53,10 +57,17 @@ class InvalidDefinitions(PropensityError):
 _DEFINITIONS: Final = Kind(InvalidDefinitions, "give the definitions with --definitions FILE", "begin with audiences:")
 
 
+def _shown(value: object) -> str:
+    """What was written, as far as it is short: a list of aliases of lists can stand for gigabytes."""
+    if isinstance(value, (list, dict)):
+        return "a list" if isinstance(value, list) else "a mapping"
+    return repr(value)[:MOST_SHOWN]
+
+
 def _percent(value: object) -> float:
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*", value) if isinstance(value, str) else None
     if match is None or not 0 < float(match[1]) <= 100:
-        raise ValueError(f"{value!r} is no share; write a number above 0 and a percent sign, as 5%")
+        raise ValueError(f"{_shown(value)} is no share; write a number above 0 and a percent sign, as 5%")
     return float(match[1]) / 100
 
 
@@ -65,14 +76,16 @@ def _format_percent(share: float) -> str:
 
 
 def _count_or_share(value: object) -> object:
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST_VISITORS:
         return value
     if isinstance(value, str) and "%" in value:
         return _percent(value)
-    raise ValueError(f"{value!r} is neither a number of visitors nor a share; write for example 1000 or 5%")
+    raise ValueError(f"{_shown(value)} is neither a number of visitors nor a share; write for example 1000 or 5%")
 
 
 def _time(value: object) -> int:
+    if isinstance(value, (list, dict)):
+        raise ValueError("is no duration; write one number and a unit, as 3d")
     return 0 if value == 0 and not isinstance(value, bool) else parse_duration(value)
 
 
@@ -92,6 +105,8 @@ def _values(values: tuple[Any, ...]) -> tuple[str | float, ...]:
     plain = tuple(str(value).lower() if isinstance(value, bool) else value for value in values)
     if not plain or not all(isinstance(value, (str, int, float)) for value in plain):
         raise ValueError("write a value, or a list of values: categories by their names, or numbers")
+    if any(isinstance(value, (int, float)) and abs(value) > MOST_OF_FEATURE for value in plain):
+        raise ValueError("write numbers that a feature can have: float32, up to 3.4e38")
     return plain
 
 
@@ -104,10 +119,16 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; write one of {', '.join(names)}" if names else ""
 
 
+def _whole(text: str) -> str:
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError("holds half a character; write it whole, as it is, without \\u")
+    return text
+
+
 def _segments(names: Iterable[str]) -> Iterable[str]:
     for name in names:
         if name not in SEGMENTS:
-            raise ValueError(f"no segment {name!r}{nearest(name, SEGMENTS)}")
+            raise ValueError(f"no segment {_shown(name)}{nearest(name[:MOST_SHOWN], SEGMENTS)}")
     return names
 
 
@@ -118,15 +139,16 @@ Top = Annotated[
     PlainSerializer(lambda top: top if isinstance(top, int) else _format_percent(top), return_type=int | str),
 ]
 Time = Annotated[int, BeforeValidator(_time), PlainSerializer(_format_time, return_type=str | int)]
-Bound = Annotated[Finite, BeforeValidator(_bound)]
+Bound = Annotated[Finite, Field(ge=-MOST_OF_FEATURE, le=MOST_OF_FEATURE), BeforeValidator(_bound)]
 Margin = Annotated[Finite, Field(ge=0, le=10)]
 Probability = Annotated[Finite, Field(gt=0, lt=1)]
 Values = Annotated[tuple[Any, ...], BeforeValidator(_listed), AfterValidator(_values)]
 Names = Annotated[tuple[Name, ...], BeforeValidator(_listed), Field(min_length=1)]
 SegmentNames = Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1), AfterValidator(_segments)]
+Text = Annotated[str, AfterValidator(_whole)]
 Slug = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_\-]{0,63}$")]
 AudienceName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_\-]{0,55}$")]  # 64 with CONTROL behind it
-Size = Annotated[int, Field(ge=1, strict=True)]
+Size = Annotated[int, Field(ge=1, le=MOST_VISITORS, strict=True)]
 
 
 class Section(BaseModel):
@@ -210,6 +232,8 @@ class Budget(Section):
 
     @model_validator(mode="after")
     def _pays(self) -> Budget:
+        if not self.spend / self.per_contact <= MOST_VISITORS:
+            raise ValueError(f"spend pays for more than {MOST_VISITORS:,} contacts; write both in one currency")
         if self.contacts < 1:
             raise ValueError("spend pays for no contact; write a spend of at least per_contact")
         return self
@@ -246,7 +270,7 @@ class Holdout(Section):
     """Who is kept out at random, to compare with. The same salt draws the same visitors."""
 
     share: Percent
-    salt: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+    salt: Annotated[Text, Field(min_length=1, max_length=64)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -290,7 +314,7 @@ class SegmentRules(Section):
 class Audience(Section):
     """Who belongs to an audience: the visitors for whom everything that is written holds."""
 
-    description: str = ""
+    description: Text = ""
     model: Slug | None = None
     segment: SegmentNames | None = None
     micro: Names | None = None

@@ -24,6 +24,7 @@ from audiences.wanted import Candidate, Wanted
 from files import snapshots
 from service.core.errors import PropensityError
 from service.core.segments import SEGMENTS
+from service.spreadsheets import cell
 
 Format = Literal["google-ads", "meta", "csv"]
 FORMATS: Final[tuple[Format, ...]] = ("google-ads", "meta", "csv")
@@ -176,7 +177,8 @@ def write_exclusions(wanted: Wanted, audience: str, format: Format, path: Path) 
                 f"{audience}: {stage.allowed:,} members agreed to advertising and have one of {', '.join(forms)}; its "
                 f"list needs {least:,} (min_size), so nothing is written"
             )
-        with _whole(path) as writer:
+        # Ids may hold a carriage return, which Python before 3.13 quotes only where all is quoted.
+        with _whole(path, csv.QUOTE_ALL if format == "csv" else csv.QUOTE_MINIMAL) as writer:
             if format == "csv":
                 writer.writerow(["key", "form", "identifier"])
                 writer.writerows(_plain(stage))
@@ -206,7 +208,7 @@ def _people(stage: Stage) -> Iterator[Person]:
 def _plain(stage: Stage) -> Iterator[list[str]]:
     for person in _people(stage):
         for form, values in sorted(person.identifiers.items()):
-            yield from ([person.key, form, value] for value in values)
+            yield from ([person.key, form, cell(value)] for value in values)
 
 
 def _platform(stage: Stage, columns: Mapping[str, str]) -> Iterator[list[str]]:
@@ -230,12 +232,12 @@ def _platform(stage: Stage, columns: Mapping[str, str]) -> Iterator[list[str]]:
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[Any]:
+def _whole(path: Path, quoting: Literal[0, 1] = csv.QUOTE_MINIMAL) -> Iterator[Any]:
     """A writer of CSV in UTF-8, whose file takes its name once it is whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("x", encoding="utf-8", newline="") as file:
-            yield csv.writer(file, lineterminator="\n")
+            yield csv.writer(file, lineterminator="\n", quoting=quoting)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

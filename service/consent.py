@@ -93,8 +93,10 @@ def known(visitor_id: str, blob: bytes, now_ms: int) -> Known:
     records = list(_records(blob))
     found = {form: record for form in HASHED if (record := _latest_hash(records, form)) is not None}
     identifiers = {form: (record.payload.hex(),) for form, record in found.items()}
-    if any(record.forms & STATEMENT and record.payload[len(PURPOSES)] for record in records):
-        own = visitor_id, hashlib.sha256(visitor_id.encode("utf-8", "surrogatepass")).hexdigest()
+    # An id with half a surrogate pair, which JSON can hold and UTF-8 cannot, can be told to nobody.
+    is_named = any(record.forms & STATEMENT and record.payload[len(PURPOSES)] for record in records)
+    if is_named and (text := visitor_id.encode("utf-8", "replace")).decode() == visitor_id:
+        own = visitor_id, hashlib.sha256(text).hexdigest()
         identifiers |= {form: (value,) for form, value in zip(EXTERNAL, own, strict=True)}
     consents = {
         purpose: (record := _latest_word(records, place, now_ms)) is not None and record.payload[place] == _AGREED

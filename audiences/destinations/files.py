@@ -172,7 +172,8 @@ def _told() -> Iterator[None]:
 
 def _csv(file: IO[bytes], rows: Iterable[Row], columns: Sequence[str]) -> None:
     text = io.TextIOWrapper(file, "utf-8", newline="", write_through=True)
-    writer = csv.writer(text, lineterminator="\n")
+    # Ids may hold a carriage return, which Python before 3.13 quotes only where all is quoted.
+    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
     writer.writerow(columns)
     for row in rows:
         writer.writerow([";".join(value) if isinstance(value, list) else value for value in row.values()])

@@ -21,6 +21,7 @@ from service.errors import StoreError, UnknownAudience, answers
 from service.members import ERASED, Audience, Change, Member, Members
 from service.scoring import iso_8601
 from service.shards import CURSOR, Page
+from service.spreadsheets import cell
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +33,6 @@ MOST: Final = 10_000
 NDJSON: Final = "application/x-ndjson"
 CSV: Final = "text/csv"
 _MEDIA: Final = {"json": "application/json", "ndjson": NDJSON, "csv": CSV}
-# What a spreadsheet takes for a formula if a cell begins with it (OWASP, CSV injection).
-_FORMULA: Final = ("=", "+", "-", "@", "\t", "\r")
 
 Format = Literal["json", "ndjson", "csv"]
 Write = Callable[[Page[Member]], bytes]
@@ -246,8 +245,7 @@ def _csv(page: Page[Member]) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text)
     for one in page.items:
-        guard = "'" if one.visitor_id.startswith(_FORMULA) else ""
-        writer.writerow([guard + one.visitor_id, iso_8601(one.entered_ms)])
+        writer.writerow([cell(one.visitor_id), iso_8601(one.entered_ms)])
     return text.getvalue().encode("utf-8", "backslashreplace")
 
 

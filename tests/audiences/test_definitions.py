@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -124,6 +125,13 @@ def test_a_budget_pays_for_whole_contacts() -> None:
         ("audiences: {a: {micro: x}}", "1: audiences.a: micro divides a segment; write segment: NAME as well"),
         ("audiences: {a: {model: m, segment: champions, micro: x}}", "1: audiences.a.micro: no micro-segment 'x' in"),
         ("segments: {m: {micro: {champion: {}}}}\naudiences: {a: {}}", "1: segments.m.micro: no segment 'champion';"),
+        ("audiences: {a: {model: m, top: NINES}}", "1: audiences.a.top: 99999999999999999999999999999999999999999999"),
+        ("audiences: {a: {model: m, budget: {spend: 1.0e300, per_contact: 0.1}}}", "1: audiences.a.budget: spend pays"),
+        ("audiences: {a: {min_size: NINES}}", "1: audiences.a.min_size: input should be less than or equal to 100000"),
+        ("audiences: {a: {where: {m/f: NINES}}}", "1: audiences.a.where.m/f.is: write numbers that a feature can have"),
+        ("audiences: {a: {where: {m/f: {below: 1.0e39}}}}", "1: audiences.a.where.m/f.below: input should be less"),
+        ('audiences: {a: {description: "\\ud800"}}', "1: audiences.a.description: holds half a character; write it"),
+        ('audiences: {a: {holdout: {share: 5%, salt: "\\ud800"}}}', "1: audiences.a.holdout.salt: holds half a"),
         (
             "segments: {m: {micro: {champions: {rest: {f: 1}}}}}\naudiences: {a: {}}",
             "1: segments.m.micro: 'rest' of champions is whom no rule describes; choose another name",
@@ -131,7 +139,20 @@ def test_a_budget_pays_for_whole_contacts() -> None:
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_with_its_line_and_what_to_write(text: str, said: str) -> None:
+    text = text.replace("NINES", "9" * 400)
     assert complaint(text).startswith(f"a.yaml:{said}")
+
+
+ALIASES = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in itertools.pairwise("abcdef")
+)
+
+
+@pytest.mark.parametrize("key", ["top", "min_stay", "holdout", "segment", "exclude", "cut", "budget"])
+def test_a_list_that_aliases_make_endless_is_refused_in_few_words(key: str) -> None:
+    said = complaint(f"{ALIASES}audiences: {{v: {{model: m, {key}: *f}}}}")
+    assert f": audiences.v.{key}" in said
+    assert len(said) < 2_000
 
 
 def test_every_problem_is_told_at_once() -> None:

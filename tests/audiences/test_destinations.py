@@ -250,6 +250,13 @@ def test_a_list_that_cannot_be_finished_leaves_the_one_before_and_nothing_else(t
     assert (tmp_path / "vip.ndjson").read_bytes() == before
 
 
+def test_an_id_with_line_breaks_is_one_cell_of_a_file(tmp_path: Path) -> None:
+    ours = whole(str(tmp_path), format="csv", forms=("external_id",))
+    ours.write("vip", [Person(key_of("x"), {"external_id": ("\rx\r\n=y\n",)})])
+    [row] = _csv(next(tmp_path.glob("**/*.csv")))
+    assert row["external_id"] == "\rx\r\n=y\n"
+
+
 def test_files_go_to_any_file_system_of_fsspec() -> None:
     out = whole("memory://lists", format="ndjson")
     out.write("vip", [ANNA])

@@ -288,6 +288,17 @@ def test_the_plain_list_has_one_identifier_a_line_with_its_form(tmp_path: Path) 
     assert written == (23, 1, 0)
 
 
+STRANGE = ["=HYPERLINK(1)", "+1", "-1", "@x", "\tx", "\rx", 'a"b', "a,b", "a\nb", "a\r\n=b", "é", "a;b"]
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_an_id_is_one_cell_and_no_formula_whatever_it_holds(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "exclude.csv"
+    exports.write_exclusions(Members([("a", {"external_id": (name,)}, True)]), "low", "csv", path)
+    _, row = csv.reader(io.StringIO(path.read_bytes().decode(), newline=""))
+    assert row == [hashed("a"), "external_id", f"'{name}" if name[0] in "=+-@\t\r" else name]
+
+
 def test_somebody_who_comes_twice_is_there_as_they_came_last(tmp_path: Path) -> None:
     people = [("a", known("a"), True), ("b", known("b"), True), ("a", known("a"), False), ("b", known("b2"), True)]
     exports.write_exclusions(Members(people), "low", "google-ads", tmp_path / "exclude.csv")

@@ -52,6 +52,11 @@ def test_an_anonymous_visitor_has_no_id_to_be_found_by() -> None:
     assert "external_id" not in known("a-1", identifier(1, EMAILS, DANA) + agreed(2, ads=True), NOW_MS).identifiers
 
 
+def test_an_id_that_no_text_can_hold_is_told_to_nobody() -> None:
+    assert known("\ud800", statement(1, {"ads": True}, True), NOW_MS).identifiers == {}
+    assert known("\U0001f600?", statement(1, {}, True), NOW_MS).identifiers["external_id"] == ("\U0001f600?",)
+
+
 def test_the_latest_address_counts_and_of_one_moment_always_the_same() -> None:
     both = [identifier(1, EMAILS, MARY), identifier(2, EMAILS, DANA)]
     for said in (both, both[::-1]):
