@@ -120,7 +120,8 @@ return 1
 """
 
 # Puts the head ARGV[2] before three values, or in place of the head ARGV[1] that they begin with. Returns 1; 0 if they
-# begin otherwise by now, and -1 if somebody is joined into this visitor. ARGV[3] begins any head.
+# begin otherwise by now, or if ARGV[5] is 1 and something stands behind that head, which may have been handed over
+# already to whom it says; and -1 if somebody is joined into this visitor. ARGV[3] begins any head.
 _LINK: Final = """
 if redis.call('SCARD', KEYS[4]) > 0 then return -1 end
 local values = {}
@@ -129,6 +130,7 @@ for place = 1, 3 do
   if string.sub(value, 1, #ARGV[3]) == ARGV[3] then
     if ARGV[1] == '' or string.sub(value, 1, #ARGV[1]) ~= ARGV[1] then return 0 end
     value = string.sub(value, #ARGV[1] + 1)
+    if ARGV[5] == '1' and value ~= '' then return 0 end
   elseif place == 1 and ARGV[1] ~= '' then
     return 0
   end
@@ -138,7 +140,7 @@ for place = 1, 3 do redis.call('SET', KEYS[place], values[place], 'PX', ARGV[4])
 return 1
 """
 # Two processes may join the same visitor at once; each try is a few round trips.
-_MOST_TRIES: Final = 5
+_MOST_TRIES: Final = 10
 
 # Gives KEYS[1] to ARGV[1] for ARGV[2] milliseconds, unless it is another's.
 _LEASE: Final = """
@@ -543,7 +545,9 @@ class Store:
             # First who is joined into the owner, so that erasing it reaches them; then, in one step, the link itself.
             if (noted := await self._note_joined(anonymous, owner)) < 0:
                 return "refused"
-            done = await self._link(anonymous, linked.head if linked else b"", joining.head(logins)) if noted else 0
+            settled = await self.settle(anonymous, now_ms) if linked else False
+            old = linked.head if linked else b""
+            done = await self._link(anonymous, old, joining.head(logins), settled=settled) if noted else 0
             if done < 0:
                 await self._run(("SREM", self._joined_key(owner), anonymous))
                 return "refused"
@@ -559,17 +563,18 @@ class Store:
         (reply,) = await self._servers.run([("EVAL", _NOTE_JOINED, len(keys), *keys, *given)])
         return -1 if isinstance(reply, Refusal) and reply.is_wrong_type else int(_granted(reply))
 
-    async def _link(self, visitor_id: str, old: bytes, new: bytes) -> int:
+    async def _link(self, visitor_id: str, old: bytes, new: bytes, settled: bool = False) -> int:
         keys = *self._all_keys(visitor_id), self._joined_key(visitor_id)
-        given = old, new, joining.MAGIC, self._retention_ms
+        given = old, new, joining.MAGIC, self._retention_ms, int(settled)
         (reply,) = await self._servers.run([("EVAL", _LINK, len(keys), *keys, *given)])
         return -1 if isinstance(reply, Refusal) and reply.is_wrong_type else int(_granted(reply))
 
-    async def settle(self, visitor_id: str, now_ms: int) -> None:
+    async def settle(self, visitor_id: str, now_ms: int) -> bool:
         """Move what was added to a joined visitor to whom it belongs; nothing to do for any other.
 
         It is added there first and then taken away here, so that cut off in between it is in both places, which counts
-        once: doubles are dropped when read. What is added meanwhile stays for the next time.
+        once: doubles are dropped when read. What is added meanwhile stays for the next time. False if something has to
+        stay, since something else is under a key of whom it belongs to.
         """
         keys = self._all_keys(visitor_id)
         for _ in range(_MOST_TRIES):
@@ -578,13 +583,14 @@ class Store:
             linked = next(filter(None, parts), None)
             tails = [value if part is None else part.tail for part, value in zip(parts, values, strict=True)]
             if linked is None or not any(tails):
-                return
+                return True
             if not await self._hand_over(linked.logins, *tails, now_ms=now_ms):
-                return
+                return False
             changes = [_Change(key, value, linked.head) for key, value in zip(keys, values, strict=True) if value]
             (reply,) = await self._servers.run([_replacement(changes)])
             if reply and not isinstance(reply, Refusal):
-                return
+                return True
+        return True
 
     async def _hand_over(
         self, logins: Sequence[Login], stored: bytes, traits: bytes, said: bytes, *, now_ms: int
