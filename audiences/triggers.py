@@ -14,7 +14,7 @@ import random
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Final, Literal, NamedTuple, Protocol, get_args
+from typing import Annotated, Any, Final, Literal, NamedTuple, Protocol, get_args
 
 import sqlalchemy as sa
 from pydantic import Field, ValidationError
@@ -25,6 +25,7 @@ from audiences.ledger import Lease, Ledger, cursors, deliveries
 from audiences.signed import Endpoint, post
 from service.core.errors import PropensityError
 
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$")]
 Kind = Literal["segment_entered", "segment_left", "audience_entered", "audience_left"]
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 
@@ -39,8 +40,8 @@ class Options(Endpoint):
     """One trigger of `destinations.yaml`."""
 
     events: tuple[Kind, ...] = Field(KINDS, min_length=1, description="What is told.")
-    models: tuple[str, ...] | None = Field(None, description="Models whose segments are told of; all unless given.")
-    audiences: tuple[str, ...] | None = Field(None, description="Audiences that are told of; all unless given.")
+    models: tuple[Name, ...] | None = Field(None, description="Models whose segments are told of; all unless given.")
+    audiences: tuple[Name, ...] | None = Field(None, description="Audiences that are told of; all unless given.")
     start: Literal["now", "kept"] = Field(
         "now", description="Where a new trigger begins: now, or as far back as is kept."
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -94,7 +94,7 @@ def refresh(
 
     async def run() -> Outcome:
         with stages() as report:
-            async with _lists(bundles) as (members, propensities):
+            async with _lists(bundles, is_alone=True) as (members, propensities):
                 return await refreshing.refresh(read, snapshots, bundles, members, propensities, now_ms, report)
 
     _print_outcome(asyncio.run(run()))
@@ -173,7 +173,7 @@ def remove(
     async def run() -> int:
         now_ms = time.time_ns() // 1_000_000
         with stages() as report:
-            async with _lists({}) as (members, _):
+            async with _lists({}, is_alone=True) as (members, _):
                 return sum([await removal.remove(members, one.name, now_ms, report) for one in chosen])
 
     console.print(f"{asyncio.run(run()):,} left, those held out among them.", markup=False)
@@ -195,8 +195,9 @@ def _scored(directories: Sequence[str], artifacts: Path) -> tuple[list[Snapshot]
 
 
 @asynccontextmanager
-async def _lists(bundles: Mapping[str, Bundle]) -> AsyncIterator[tuple[Members, Scores]]:
+async def _lists(bundles: Mapping[str, Bundle], is_alone: bool = False) -> AsyncIterator[tuple[Members, Scores]]:
     """Where members and scores are kept: the feature cache of the service with the same settings."""
+    from audiences.turns import alone
     from service.app import open_store
     from service.members import Members
     from service.propensities import Propensities
@@ -205,7 +206,8 @@ async def _lists(bundles: Mapping[str, Bundle]) -> AsyncIterator[tuple[Members, 
     settings = load()
     history_ms = max((bundle.spec.limits.history for bundle in bundles.values()), default=0)
     # A page of ten thousand visitors may take it longer than a score may.
-    async with open_store(settings.model_copy(update={"redis_timeout_ms": 30_000}), history_ms) as store:
+    patient = settings.model_copy(update={"redis_timeout_ms": 30_000})
+    async with open_store(patient, history_ms) as store, alone(store) if is_alone else nullcontext():
         yield Members(store), Propensities(store)
 
 

@@ -220,6 +220,12 @@ def test_a_trigger_that_is_held_elsewhere_writes_nothing(bench: Bench) -> None:
         assert connection.execute(sa.select(ledgers.deliveries)).all() == []
 
 
+@pytest.mark.parametrize("key", ["audiences", "models"])
+def test_a_name_that_nothing_can_have_is_refused_when_the_file_is_read(hook: Hook, key: str) -> None:
+    with pytest.raises(ValueError, match=f"{key}.0"):
+        options(hook, **{key: ["../vip"]})
+
+
 def test_while_a_receiver_hangs_no_other_run_takes_any_trigger_over(
     ledger: Ledger, hook: Hook, monkeypatch: pytest.MonkeyPatch
 ) -> None:
