@@ -52,6 +52,9 @@ class LiveScores:
         for name, request, answer in zip(names, batch.requests, answers, strict=True):
             if type(answer) is not Score or answer.propensity is None or not answer.events or request.features:
                 continue
+            if not 0 <= answer.propensity <= 1:  # NaN of a broken model; the writing of all others would end with it
+                metrics.live_scores("dropped").add(1)
+                continue
             tag = tag_of(name)
             held = shards[shard_of(tag)]
             if tag not in held:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +49,16 @@ async def until(condition: Callable[[], Any], times: int = 300) -> None:
             return
         await asyncio.sleep(0.02)
     pytest.fail("waited too long")
+
+
+async def test_a_score_that_is_no_probability_ends_no_writing(shop: Bundle, redis_server: RedisServer) -> None:
+    store = Store.open(redis_server.url, namespace=f"test-{uuid.uuid4().hex[:12]}", retention_ms=90 * DAY_MS)
+    live = LiveScores(Propensities(store), buffer=10)
+    for propensity in (float("nan"), 1.5, 0.5):
+        live.add(shop, *scored([f"v{propensity}"], propensity))
+    await live.close()
+    assert [one.propensity for one in await Propensities(store).top("shop", 9)] == [0.5]
+    await store.close()
 
 
 def test_only_plain_scores_of_known_visitors_go_in(client: TestClient) -> None:
