@@ -149,7 +149,7 @@ def score(
 def score_partition(job: Job, index: int) -> npt.NDArray[np.int64]:
     """Write part `index` of a snapshot; how many visitors are in each segment, int64[6]."""
     model = _model(job.model)
-    partition = source.load_partition(job.log, model.spec, index, job.memory_limit, with_ids=True)
+    partition = source.load_partition(job.log, model.spec, index, job.memory_limit, with_ids=True).at(job.at_ms)
     if not len(partition.visitor_hash):
         return np.zeros(len(SEGMENTS), np.int64)
     scored = predict(model, partition, job.at_ms, job.context)

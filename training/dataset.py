@@ -63,11 +63,11 @@ class Population(NamedTuple):
 
 @dataclass(frozen=True)
 class Dataset:
-    """n labelled rows. `visitor` is the hash of the visitor's id; table rows have no visitor or time in common."""
+    """n labelled rows; table rows have no visitor or time in common."""
 
     matrix: npt.NDArray[np.float32]  # [n, F]
     label: Bools  # [n]
-    visitor: npt.NDArray[np.uint64]  # [n]
+    visitor: npt.NDArray[np.uint64]  # [n] hash of the visitor's id, or of whom it was joined into later
     cutoff_ms: Ints  # [n]
     golden: tuple[GoldenRow, ...] = ()
     population: Population | None = None  # None where too few are known
@@ -332,6 +332,10 @@ class View:
         self.keys = self.key(self.owner, partition.records["ts_ms"])
         trait_owner = np.repeat(np.arange(len(partition.visitor_hash)), np.diff(partition.trait_starts))
         self.trait_keys = self.key(trait_owner, partition.traits["ts_ms"])
+        # How many records a visitor got from those who were joined into it: at most so many are not to be seen yet.
+        joins = partition.joins
+        visitors = len(partition.visitor_hash)
+        self.given = None if joins is None else np.bincount(self.owner[joins.since_ms > 0], minlength=visitors)
 
     def key(self, owner: Ints, ts_ms: Ints | np.int64) -> Ints:
         """int64: one sortable key of (visitor's number, time)."""
@@ -342,16 +346,21 @@ class View:
         self, plan: Plan, owner: Ints, now_ms: Ints, request: npt.NDArray[np.float32]
     ) -> npt.NDArray[np.float32]:
         """float32[n, F]: what the service would have seen of visitor number owner[i] at now_ms[i]."""
-        limits = plan.spec.limits
+        limits, joins = plan.spec.limits, self.partition.joins
         ends = np.searchsorted(self.keys, self.key(owner, now_ms), "right")
         oldest = np.searchsorted(self.keys, self.key(owner, now_ms - limits.history), "right")
-        begins = np.maximum(np.maximum(ends - limits.records, oldest), self.partition.starts[owner])
+        most = limits.records if self.given is None else limits.records + self.given[owner]
+        begins = np.maximum(np.maximum(ends - most, oldest), self.partition.starts[owner])
         trait_ends = np.searchsorted(self.trait_keys, self.key(owner, now_ms), "right")
         trait_begins = self.partition.trait_starts[owner]
         out = np.empty((len(owner), plan.width), np.float32)
         for part in _chunks(np.maximum(ends - begins, 0) + trait_ends - trait_begins):
-            records, starts = _gather(self.partition.records, begins[part], ends[part])
-            traits, trait_starts = _gather(self.partition.traits, trait_begins[part], trait_ends[part])
+            places, starts = _gather(begins[part], ends[part])
+            trait_places, trait_starts = _gather(trait_begins[part], trait_ends[part])
+            if joins is not None:
+                places, starts = _known(joins.since_ms, places, starts, now_ms[part])
+                trait_places, trait_starts = _known(joins.trait_since_ms, trait_places, trait_starts, now_ms[part])
+            records, traits = self.partition.records[places], self.partition.traits[trait_places]
             out[part] = features.matrix(plan, records, starts, now_ms[part], traits, trait_starts, request[part])
         return out
 
@@ -361,7 +370,11 @@ class View:
         key = self.key(np.array([owner]), np.array([now_ms]))
         end = int(np.searchsorted(self.keys, key, "right")[0])
         trait_end = int(np.searchsorted(self.trait_keys, key, "right")[0])
-        return self.partition.records[first:end], self.partition.traits[trait_first:trait_end]
+        records, traits = self.partition.records[first:end], self.partition.traits[trait_first:trait_end]
+        if (joins := self.partition.joins) is not None:
+            records = records[joins.since_ms[first:end] <= now_ms]
+            traits = traits[joins.trait_since_ms[trait_first:trait_end] <= now_ms]
+        return records, traits
 
 
 def _chunks(sizes: Ints) -> Iterator[slice]:
@@ -374,11 +387,17 @@ def _chunks(sizes: Ints) -> Iterator[slice]:
         first = last
 
 
-def _gather(records: Records, begins: Ints, ends: Ints) -> tuple[Records, Ints]:
+def _gather(begins: Ints, ends: Ints) -> tuple[Ints, Ints]:
+    """The places of the records of some rows, and where those of each row start among them."""
     counts = np.maximum(ends - begins, 0)
     starts = np.concatenate(([0], np.cumsum(counts)))
-    places = np.arange(starts[-1]) + np.repeat(begins - starts[:-1], counts)
-    return records[places], starts
+    return np.arange(starts[-1]) + np.repeat(begins - starts[:-1], counts), starts
+
+
+def _known(since_ms: Ints, places: Ints, starts: Ints, now_ms: Ints) -> tuple[Ints, Ints]:
+    """The same without the records that are not the visitor's yet."""
+    kept = since_ms[places] <= np.repeat(now_ms, np.diff(starts))
+    return places[kept], np.concatenate(([0], np.cumsum(kept)))[starts]
 
 
 class Moments(NamedTuple):
@@ -419,14 +438,15 @@ def _thinned(view: View, spec: FeatureSpec, asked: Moments, seed: int) -> Moment
 def _after_events(view: View, spec: FeatureSpec, until_ms: int) -> Moments:
     records, request = view.partition.records, view.partition.request
     asked = np.isin(records["kind"], spec.codes(spec.rows.after)) & (records["ts_ms"] <= until_ms)
+    if view.partition.joins is not None:
+        asked &= view.partition.joins.since_ms == 0  # at the others, the anonymous visitor was asked for
     places = np.flatnonzero(asked)
     last = np.ones(len(places), np.bool_)  # of several events in one millisecond
     last[:-1] = view.keys[places][1:] != view.keys[places][:-1]
     places = places[last]
     owner, cutoff, context = view.owner[places], records["ts_ms"][places], request[places]
     if spec.rows.cold_start:
-        newcomers = np.flatnonzero(np.diff(view.partition.starts))
-        first = view.partition.starts[newcomers]
+        newcomers, first = _newcomers(view)
         before = records["ts_ms"][first] - 1
         within = (before <= until_ms) & (before >= 0)
         owner = np.concatenate((owner, newcomers[within]))
@@ -435,27 +455,51 @@ def _after_events(view: View, spec: FeatureSpec, until_ms: int) -> Moments:
     return Moments(owner, cutoff.astype(np.int64), context)
 
 
+def _newcomers(view: View) -> tuple[Ints, Ints]:
+    """Visitors of whom nothing was known before their first event, and the place of that."""
+    joins, starts = view.partition.joins, view.partition.starts
+    if joins is None:
+        newcomers = np.flatnonzero(np.diff(starts))
+        return newcomers, starts[newcomers]
+    own, given = np.flatnonzero(joins.since_ms == 0), joins.since_ms > 0
+    newcomers, place = np.unique(view.owner[own], return_index=True)
+    known_ms = np.full(len(view.partition.visitor_hash), source.NEVER)
+    np.minimum.at(known_ms, view.owner[given], joins.since_ms[given])
+    is_new = view.partition.records["ts_ms"][own[place]] < known_ms[newcomers]
+    return newcomers[is_new], own[place][is_new]
+
+
 def _grid(view: View, spec: FeatureSpec, points: Ints) -> tuple[Ints, Ints]:
     """Every visitor at every grid point from its first event on, while an event lies within the history."""
-    everyone = np.arange(len(view.partition.visitor_hash))
-    active = []
-    for point in points:
-        known = np.searchsorted(view.keys, view.key(everyone, point), "right")
-        before = np.searchsorted(view.keys, view.key(everyone, point - spec.limits.history), "right")
-        active.append(np.flatnonzero(known > np.maximum(before, view.partition.starts[:-1])))
+    active = [_active(view, point - spec.limits.history, point) for point in points]
     sizes = [len(owner) for owner in active]
     return np.concatenate(active), np.repeat(points, sizes)
+
+
+def _active(view: View, after_ms: np.int64, point_ms: np.int64) -> Ints:
+    """Visitors who have an event in (after_ms, point_ms] at point_ms."""
+    partition, joins = view.partition, view.partition.joins
+    if joins is None:
+        everyone = np.arange(len(partition.visitor_hash))
+        known = np.searchsorted(view.keys, view.key(everyone, point_ms), "right")
+        before = np.searchsorted(view.keys, view.key(everyone, after_ms), "right")
+        return np.flatnonzero(known > np.maximum(before, partition.starts[:-1]))
+    ts_ms = partition.records["ts_ms"]
+    within = (ts_ms > after_ms) & (ts_ms <= point_ms) & (joins.since_ms <= point_ms)
+    found = np.unique(view.owner[within])
+    return found[joins.until_ms[found] > point_ms]
 
 
 def _labelled(plan: Plan, view: View, moments: Moments, label: Label) -> Dataset:
     owner, cutoff, request = moments
     code = plan.spec.codes((str(label.event),))[0]
     happened = view.keys[view.partition.records["kind"] == code]
-    after = np.searchsorted(happened, view.key(owner, cutoff), "right")
-    within = np.searchsorted(happened, view.key(owner, cutoff + horizon_of(label)), "right")
+    person = owner if view.partition.joins is None else view.partition.joins.person[owner]
+    after = np.searchsorted(happened, view.key(person, cutoff), "right")
+    within = np.searchsorted(happened, view.key(person, cutoff + horizon_of(label)), "right")
     matrix = view.vectors(plan, owner, cutoff, request)
     golden = tuple(_golden_rows(view, owner, cutoff, request))
-    return Dataset(matrix, within > after, view.partition.visitor_hash[owner], cutoff, golden)
+    return Dataset(matrix, within > after, view.partition.visitor_hash[person], cutoff, golden)
 
 
 def _golden_rows(view: View, owner: Ints, cutoff: Ints, request: npt.NDArray[np.float32]) -> Iterator[GoldenRow]:

@@ -146,7 +146,10 @@ class Dask:
             counts.append(counted)
             if on_progress is not None:
                 on_progress((len(found) + len(counts)) / steps)
-        summary = job.summarise(found, counts, max_bad_rows)
+        summary = job.joined(connection, job.summarise(found, counts, max_bad_rows))
+        if summary.joined:
+            for _ in self.run(source.move_slice, job, len(job.slices)):
+                pass
         return EventLog(spec, workdir.absolute(), job.partitions, summary, connection)
 
     def run(self, function: Callable[[Job, int], Done], job: Job, count: int) -> Iterator[tuple[int, Done]]:

@@ -18,7 +18,7 @@ from service.core import events, features
 from service.core.errors import PropensityError
 from service.core.features import Plan
 from service.core.spec import FeatureSpec, Source
-from training import source, specfile, sql
+from training import joins, source, specfile, sql
 from training.dataset import View
 from training.engine import Engine, Here
 from training.source import EventLog, Partition
@@ -63,6 +63,8 @@ def write(
             on_progress=lambda share: on_progress("Reading events", share),
         )
         _load_moments(log, at)
+        if joins.spans_file(log.directory).exists():
+            _follow_logins(log)
         job = Job(log.directory, spec, workdir / "asked", workdir / "features", memory_limit)
         job.out.mkdir()
         log.connection.execute(f"COPY asked TO {sql.literal(str(job.asked))} (FORMAT parquet, PARTITION_BY (part))")
@@ -131,6 +133,18 @@ def _load_moments(log: EventLog, at: Path) -> None:
             f"{at}: {unreadable[0]} rows have no visitor_id or no readable at, the first is row {unreadable[1]}; "
             "write moments as epoch milliseconds or ISO 8601"
         )
+
+
+def _follow_logins(log: EventLog) -> None:
+    """Ask for whom a visitor was joined into by the moment; before that it is where its owner is."""
+    log.connection.execute(
+        f"""CREATE OR REPLACE TEMP TABLE asked AS
+            SELECT asked.* EXCLUDE (visitor_hash, part),
+                CASE WHEN since_ms = 0 THEN owner_hash ELSE visitor_hash END AS visitor_hash,
+                coalesce((owner_hash % {log.partitions})::INTEGER, part) AS part
+            FROM asked ASOF LEFT JOIN {joins.spans(log.directory)} AS spans
+            ON asked.visitor_hash = spans.anonymous_hash AND asked.at_ms >= spans.from_ms"""
+    )
 
 
 def _features_of(plan: Plan, partition: Partition, asked: Mapping[str, Any]) -> Any:

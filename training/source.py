@@ -17,8 +17,9 @@ import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import compress, pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,7 +31,7 @@ from service.core import events
 from service.core.errors import PropensityError
 from service.core.events import Records
 from service.core.spec import EventColumn, FeatureSpec, Request, Source
-from training import sql
+from training import joins, sql
 from training.sql import Field
 
 _READERS: Final = {
@@ -53,12 +54,14 @@ _SNIFFED_ROWS: Final = 200_000
 # A line that does not fit the columns' types is kept in a table of its own, to be counted and shown.
 _REJECTS: Final = "store_rejects = true, rejects_limit = 100000"
 _NDJSON: Final = "format = 'newline_delimited', ignore_errors = true"
-_NATIVE: Final = ("type", "event", "name", "userId", "anonymousId", "messageId", "timestamp")
+_NATIVE: Final = ("type", "event", "name", "userId", "anonymousId", "previousId", "messageId", "timestamp")
 _SECTIONS: Final = ("properties", "context", "traits")
 _TYPES: Final = ("track", "page", "identify", "screen", "group", "alias")
+_JOINING: Final = ("identify", "alias")
 _PAGE_VIEWED: Final = "Page Viewed"
 _LONGEST_ID: Final = 256
 _FUTURE_MS: Final = 24 * 3_600_000
+NEVER: Final = 2**62
 
 Progress = Callable[[float], None]
 
@@ -82,6 +85,7 @@ class Summary:
     first_ms: int
     last_ms: int
     fingerprint: str
+    joined: int = 0  # anonymous visitors who were joined into others; they are none of `visitors`
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,48 @@ class Partition:
     request: npt.NDArray[np.float32]  # [E, R] the context of each event, as a request at that moment would carry it
     traits: Records  # [T]
     trait_starts: npt.NDArray[np.int64]  # [V + 1]
+    joins: Joins | None = None  # None where nobody was joined
+
+    def at(self, moment_ms: int) -> Partition:
+        """Whom it holds at a moment, with what each has then; nobody who is joined into another by then."""
+        if self.joins is None:
+            return self
+        stays = self.joins.until_ms > moment_ms
+        kept, starts = _left(self.records, self.starts, stays, self.joins.since_ms <= moment_ms)
+        kept_traits, trait_starts = _left(self.traits, self.trait_starts, stays, self.joins.trait_since_ms <= moment_ms)
+        return Partition(
+            self.visitor_hash[stays],
+            None if self.visitor_ids is None else list(compress(self.visitor_ids, stays)),
+            self.records[kept],
+            starts,
+            self.request[kept],
+            self.traits[kept_traits],
+            trait_starts,
+        )
+
+
+@dataclass(frozen=True)
+class Joins:
+    """What logins made of the visitors of a partition; the rules are in `training.joins`.
+
+    A visitor who was joined has what it did until then; the same is among the records of whom it was joined into.
+    """
+
+    since_ms: npt.NDArray[np.int64]  # [E] from when on a record is its visitor's; 0 where it always was
+    trait_since_ms: npt.NDArray[np.int64]  # [T]
+    until_ms: npt.NDArray[np.int64]  # [V] when the visitor was joined; NEVER if it was not
+    person: npt.NDArray[np.int64]  # [V] the number of whom it was joined into, or its own
+
+
+def _left(
+    records: Records, starts: npt.NDArray[np.int64], stays: npt.NDArray[np.bool_], visible: npt.NDArray[np.bool_]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Places of the visible records of the visitors who stay, each once, and where those of each of them start."""
+    owner = np.repeat(np.arange(len(stays)), np.diff(starts))
+    kept = np.flatnonzero(visible & stays[owner])
+    kept = kept[events.first_of_each(records[kept], owner[kept])]
+    sizes = np.bincount(owner[kept], minlength=len(stays))[stays]
+    return kept, np.concatenate(([0], np.cumsum(sizes)))
 
 
 @dataclass(frozen=True)
@@ -144,14 +190,17 @@ def _partition(
         return _empty(spec, with_ids)
     columns = ["visitor_hash", "ts_ms", "kind", "id", "attribute", "value", *_kept(spec)]
     columns += ["visitor"] if with_ids else []
-    try:
+    where = "bad IS NULL"
+    if joins.spans_file(directory).exists():
+        has_moved = any(directory.glob(f"{joins.MOVED}*/part={index}"))
+        columns += joins.COLUMNS if has_moved else []
+        where += f" AND {joins.left_out(directory, has_moved)}"
+    with _told():
         loaded = connection.execute(
             f"SELECT {', '.join(columns)} FROM read_parquet(?, hive_partitioning = false, union_by_name = true) "
-            "WHERE bad IS NULL ORDER BY visitor_hash, ts_ms",
+            f"WHERE {where} ORDER BY visitor_hash, ts_ms",
             [files],
         ).fetchnumpy()
-    except duckdb.Error as error:
-        raise UnreadableEvents(first_line(error)) from None
     return _assemble(spec, loaded, with_ids)
 
 
@@ -181,7 +230,38 @@ def read(
     counts = [count(connection, spec, [_pattern(file) for file in workdir.glob("*/*/*.parquet")])]
     summary = _summarise(spec, files, counts, missing, rejects(connection))
     _judge(summary, spec, max_bad_rows, relations)
+    summary = _joined(connection, workdir, relations, summary)
+    if summary.joined:
+        with _told():
+            written = [_pattern(file) for file in workdir.glob("group*/*/*.parquet")]
+            joins.move(connection, workdir, written, partitions, workdir / joins.MOVED)
     return EventLog(spec, workdir, partitions, summary, connection)
+
+
+def _joined(
+    connection: duckdb.DuckDBPyConnection, directory: Path, relations: Sequence[Relation], summary: Summary
+) -> Summary:
+    """The summary once it is known who was joined into whom."""
+    if all(relation.login is None for relation in relations):
+        return summary
+    with _told():
+        found = joins.find(connection, directory, [_pattern(file) for file in directory.glob("*/*/*.parquet")])
+    if not found.content:
+        return summary
+    fingerprint = _fingerprint(summary.fingerprint, found.content)
+    return replace(summary, visitors=summary.visitors - found.joined, joined=found.joined, fingerprint=fingerprint)
+
+
+def _fingerprint(*parts: object) -> str:
+    return hashlib.md5("-".join(map(str, parts)).encode(), usedforsecurity=False).hexdigest()
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except duckdb.Error as error:
+        raise UnreadableEvents(first_line(error)) from None
 
 
 def _latest(now_ms: int | None) -> int:
@@ -229,6 +309,10 @@ class Slicing:
         summary = _summarise(self.spec, self.files, counts, missing, rejected)
         _judge(summary, self.spec, max_bad_rows, self.relations)
         return summary
+
+    def joined(self, connection: duckdb.DuckDBPyConnection, summary: Summary) -> Summary:
+        """The summary once it is known who was joined into whom: if anybody was, `move_slice` has to follow."""
+        return _joined(connection, self.directory, self.relations, summary)
 
 
 @dataclass(frozen=True)
@@ -281,6 +365,16 @@ def count_partition(job: Slicing, index: int) -> Counts:
     files = [_pattern(file) for file in job.directory.glob(f"*/part={index}/*.parquet")]
     with _alone(job.directory, job.memory_limit) as connection:
         return count(connection, job.spec, files)
+
+
+def move_slice(job: Slicing, index: int) -> None:
+    """Give what joined visitors did to whom it belongs, in some partitions: every so many-th as there are slices."""
+    parts = range(index, job.partitions, len(job.slices))
+    files = [_pattern(file) for part in parts for file in job.directory.glob(f"slice*/part={part}/*.parquet")]
+    if files:
+        with _alone(job.directory, job.memory_limit) as connection, _told():
+            target = job.directory / f"{joins.MOVED}{index}"
+            joins.move(connection, job.directory, files, job.partitions, target)
 
 
 def connect(workdir: Path, memory_limit: str = "1GB", threads: int = _MOST_THREADS) -> duckdb.DuckDBPyConnection:
@@ -421,7 +515,8 @@ class Relation:
     def _as_text(self, columns: Mapping[str, str], also: Iterable[str] = ()) -> str:
         """Types of columns, those that hold ids, names or times as text: no leading zero is lost."""
         event = self.source.event
-        named = (self.source.visitor_id, self.source.message_id, self.source.timestamp, event.column if event else None)
+        ids = (self.source.visitor_id, self.source.anonymous_id, self.source.message_id)
+        named = (*ids, self.source.timestamp, event.column if event else None)
         kept = {name.lower() for name in (*_NATIVE, *named, *also) if name is not None}
         return ", ".join(
             f"{sql.literal(name)}: {sql.literal('VARCHAR' if name.lower() in kept else kind)}"
@@ -485,7 +580,8 @@ class Relation:
 
     def _scan_native_json(self, listed: str) -> str:
         """Ids, properties, context and traits as JSON: text and numbers are told apart as they are in a live event."""
-        plain, ids = ("type", "event", "name", "timestamp"), ("userId", "anonymousId", "messageId")
+        plain = ("type", "event", "name", "timestamp")
+        ids = ("userId", "anonymousId", "previousId", "messageId")
         types = dict.fromkeys(plain, "VARCHAR") | dict.fromkeys((*ids, *_SECTIONS), "JSON")
         columns = ", ".join(f"{name}: '{kind}'" for name, kind in types.items())
         parts = []
@@ -548,6 +644,7 @@ class Relation:
         texts = [place for place, is_text in enumerate(trait_keys(self.spec).values()) if is_text]
         hashes = [f"{sql.hash32(f'text{place}')} AS hash{place}" for place in texts]
         plain = [name for name in _kept(self.spec) if not name.startswith("hash")]
+        plain += ["anonymous"] if self.login is not None else []
         query = f"""
             COPY (
                 WITH mapped AS (SELECT {self._mapped()} FROM {self.scan} {self.where}),
@@ -576,6 +673,8 @@ class Relation:
             f"{self._by_kind('attribute')} AS attribute",
             f"{self._by_kind('value')} AS number",
         ]
+        if self.login is not None:
+            columns.append(f"{self.login} AS anonymous")
         for place, feature in enumerate(self.spec.requests.values()):
             columns.append(f"{self.request(feature)} AS request{place}")
         for place, (key, is_text) in enumerate(trait_keys(self.spec).items()):
@@ -585,15 +684,41 @@ class Relation:
         return ", ".join(columns)
 
     def _visitor(self) -> str:
-        if self.source.visitor_id is not None:
-            return sql.name_of(self.expression(self.source.visitor_id, "source.visitor_id"))
-        known = [self._native(name) for name in ("userId", "anonymousId") if name in self.types]
+        known = [one for one in (self._known(), self._anonymous()) if one is not None]
         if not known:
             raise UnreadableEvents(
                 f"{self.files[0]}: has neither userId nor anonymousId; name the visitor's column with "
                 f"source.visitor_id in the spec; the file has {', '.join(self.types)}"
             )
-        return f"coalesce({', '.join(map(sql.name_of, known))})"
+        return f"coalesce({', '.join(known)})"
+
+    def _known(self) -> str | None:
+        if self.source.visitor_id is not None:
+            return sql.name_of(self.expression(self.source.visitor_id, "source.visitor_id"))
+        return sql.name_of(self._native("userId")) if "userId" in self.types else None
+
+    def _anonymous(self) -> str | None:
+        if self.source.anonymous_id is not None:
+            return sql.name_of(self.expression(self.source.anonymous_id, "source.anonymous_id"))
+        is_native = self.source.visitor_id is None and "anonymousId" in self.types
+        return sql.name_of(self._native("anonymousId")) if is_native else None
+
+    @cached_property
+    def login(self) -> str | None:
+        """SQL for the anonymous visitor whom a row joins into its visitor; None where no row of these files does."""
+        known, anonymous, has_types = self._known(), self._anonymous(), self._has_types
+        if known is None or anonymous is None or not (has_types or self.source.anonymous_id is not None):
+            return None
+        anonymous = _if_short(anonymous)
+        if has_types and self.source.anonymous_id is None and "previousId" in self.types:
+            previous = _if_short(sql.name_of(self._native("previousId")))
+            anonymous = f"coalesce(CASE {self._type()} WHEN 'alias' THEN {previous} END, {anonymous})"
+        says = f"{self._type()} IN {_JOINING} AND" if has_types else ""
+        return f"CASE WHEN {says} {known} IS NOT NULL THEN nullif({anonymous}, {known}) END"
+
+    @property
+    def _has_types(self) -> bool:
+        return self.source.event is None and "type" in self.types
 
     def _native(self, name: str) -> Field:
         return sql.field(sql.identifier(name), self.types[name])
@@ -616,8 +741,7 @@ class Relation:
         return f"(CASE {self._type()} WHEN 'track' THEN {track} WHEN 'page' THEN {page} END)::INTEGER"
 
     def _type(self) -> str:
-        is_native = self.source.event is None and "type" in self.types
-        return f"coalesce({self._native('type').sql}, 'track')" if is_native else "'track'"
+        return f"coalesce({self._native('type').sql}, 'track')" if self._has_types else "'track'"
 
     def _name(self) -> str:
         """SQL for the name of a track event, in the catalogue's words."""
@@ -709,6 +833,11 @@ def _bad(latest_ms: int) -> str:
         WHEN ts_ms IS NULL OR ts_ms < 0 THEN 'timestamp ' || coalesce(trim(written::VARCHAR, '"'), 'missing')
         WHEN ts_ms > {latest_ms} THEN 'timestamp ' || trim(written::VARCHAR, '"') || ' in the future'
         ELSE problem END"""
+
+
+def _if_short(text: str) -> str:
+    """SQL for an id that is not too long to be one."""
+    return f"CASE WHEN length({text}) <= {_LONGEST_ID} THEN {text} END"
 
 
 def _kept(spec: FeatureSpec) -> list[str]:
@@ -859,7 +988,6 @@ def _summarise(
     rejected: tuple[int, list[str]],
 ) -> Summary:
     rows, content = sum(one.rows for one in counts), sum(one.content for one in counts)
-    fingerprint = hashlib.md5(f"{rows}-{content}".encode(), usedforsecurity=False).hexdigest()
     examples = sorted({example for one in counts for example in one.examples})[:5]
     return Summary(
         files=tuple(file.name for file in files),
@@ -872,7 +1000,7 @@ def _summarise(
         visitors=sum(one.visitors for one in counts),
         first_ms=min((one.first_ms for one in counts if one.first_ms is not None), default=0),
         last_ms=max((one.last_ms for one in counts if one.last_ms is not None), default=0),
-        fingerprint=fingerprint if rows else "",
+        fingerprint=_fingerprint(rows, content) if rows else "",
     )
 
 
@@ -924,11 +1052,12 @@ def _assemble(spec: FeatureSpec, loaded: Mapping[str, Any], with_ids: bool) -> P
     request = np.empty((len(every), len(spec.requests)), np.float32)
     for place in range(len(spec.requests)):
         request[:, place] = _plain(loaded[f"request{place}"], np.nan)
-    order = _order_ties(every, row, request)
+    since = _plain(loaded["since_ms"], 0).astype(np.int64) if "since_ms" in loaded else None
+    order = _order_ties(every, row, request, since)
     order = order[kind[order] > 0]
     records, owner = every[order], row[order]
-    first = events.first_of_each(records, owner)
-    trait_records, trait_owner = _trait_changes(spec, loaded, every["ts_ms"], row)
+    first = _first_of_each(records, owner, None if since is None else since[order])
+    trait_records, trait_owner, trait_since = _trait_changes(spec, loaded, every["ts_ms"], row, since)
     visitors = np.arange(len(hashes) + 1)
     ids = _plain(loaded["visitor"], "")[np.searchsorted(row, visitors[:-1])] if with_ids else None
     return Partition(
@@ -939,15 +1068,43 @@ def _assemble(spec: FeatureSpec, loaded: Mapping[str, Any], with_ids: bool) -> P
         request=request[order][first],
         traits=trait_records,
         trait_starts=np.searchsorted(trait_owner, visitors).astype(np.int64),
+        joins=None if since is None else _joins(loaded, hashes, row, since[order][first], trait_since),
     )
 
 
+def _joins(
+    loaded: Mapping[str, Any],
+    hashes: npt.NDArray[np.uint64],
+    row: npt.NDArray[np.int64],
+    since: npt.NDArray[np.int64],
+    trait_since: npt.NDArray[np.int64],
+) -> Joins:
+    start = np.searchsorted(row, np.arange(len(hashes)))
+    until = _plain(loaded["until_ms"], NEVER)[start].astype(np.int64)
+    person = np.where(until < NEVER, _plain(loaded["person_hash"], 0)[start].astype(np.uint64), hashes)
+    return Joins(since, trait_since, until, np.searchsorted(hashes, person))
+
+
+def _first_of_each(
+    records: Records, row: npt.NDArray[np.int64], since: npt.NDArray[np.int64] | None
+) -> npt.NDArray[np.bool_]:
+    """`events.first_of_each`, and what is the visitor's before the one that it is the same as."""
+    first = events.first_of_each(records, row)
+    if since is not None:
+        first[1:] |= since[1:] < since[:-1]
+    return first
+
+
 def _order_ties(
-    records: Records, row: npt.NDArray[np.int64], request: npt.NDArray[np.float32] | None = None
+    records: Records,
+    row: npt.NDArray[np.int64],
+    request: npt.NDArray[np.float32] | None = None,
+    since: npt.NDArray[np.int64] | None = None,
 ) -> npt.NDArray[np.int64]:
     """int64[E]: canonical order of records that are already sorted by (row, ts); only ties have to be sorted.
 
-    Twins, the same event delivered with two contexts, are ordered by their request features.
+    Twins are ordered by when they became the visitor's, and the same event delivered with two contexts by its request
+    features.
     """
     order = np.arange(len(records))
     tied = (records["ts_ms"][1:] == records["ts_ms"][:-1]) & (row[1:] == row[:-1])
@@ -955,36 +1112,46 @@ def _order_ties(
         places = np.flatnonzero(np.concatenate(([False], tied)) | np.concatenate((tied, [False])))
         if request is not None and request.shape[1]:
             places = places[np.lexsort(request[places].T)]
+        if since is not None:
+            places = places[np.argsort(since[places], kind="stable")]
         order[np.sort(places)] = places[events.canonical_order(records[places], row[places])]
     return order
 
 
 def _trait_changes(
-    spec: FeatureSpec, loaded: Mapping[str, Any], ts_ms: npt.NDArray[np.int64], row: npt.NDArray[np.int64]
-) -> tuple[Records, npt.NDArray[np.int64]]:
-    """Trait records where a visitor's trait changes, and the last ones, and whose they are, in order of visitor.
+    spec: FeatureSpec,
+    loaded: Mapping[str, Any],
+    ts_ms: npt.NDArray[np.int64],
+    row: npt.NDArray[np.int64],
+    since: npt.NDArray[np.int64] | None,
+) -> tuple[Records, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Trait records where a visitor's trait changes, and the last ones; whose they are, and since when. By visitor.
 
     Without the last record an event that arrives late would pass for news.
     """
-    parts, owners = [np.empty(0, events.RECORD)], [np.empty(0, np.int64)]
+    parts, owners, sinces = [np.empty(0, events.RECORD)], [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for place, (key, is_text) in enumerate(trait_keys(spec).items()):
         value = _plain(loaded[f"trait{place}"], np.nan).astype(np.float32)
         text = _plain(loaded[f"hash{place}"], 0).astype(np.uint32) if is_text else np.zeros(len(value), np.uint32)
         known = np.flatnonzero(text != 0 if is_text else np.isfinite(value))
-        known = known[~_inside_run(text[known], value[known], row[known], ts_ms[known])]
+        if since is None:
+            known = known[~_inside_run(text[known], value[known], row[known], ts_ms[known])]
         kind = events.TRAIT_TEXT if is_text else events.TRAIT_NUMBER
         made = events.records(ts_ms[known], kind, events.hash32(key), text[known], value[known])
-        order = _order_ties(made, row[known])
-        made, owner = made[order], row[known][order]
-        first = events.first_of_each(made, owner)
-        made, owner = made[first], owner[first]
+        begun = np.zeros(len(known), np.int64) if since is None else since[known]
+        order = _order_ties(made, row[known], None, begun)
+        made, owner, begun = made[order], row[known][order], begun[order]
+        first = _first_of_each(made, owner, begun)
+        made, owner, begun = made[first], owner[first], begun[first]
         kept = ~_same_as_before(made["attribute"], made["value"], owner)
+        kept[1:] |= begun[:-1] > np.maximum(begun, made["ts_ms"])[1:]  # the one before was not the visitor's yet
         kept |= np.concatenate((owner[1:] != owner[:-1], [True]))[: len(made)]
         parts.append(made[kept])
         owners.append(owner[kept])
-    joined, owner = np.concatenate(parts), np.concatenate(owners)
+        sinces.append(begun[kept])
+    joined, owner, begun = np.concatenate(parts), np.concatenate(owners), np.concatenate(sinces)
     order = events.canonical_order(joined, owner)
-    return joined[order], owner[order]
+    return joined[order], owner[order], begun[order]
 
 
 def _same_as_before(

@@ -191,6 +191,7 @@ class Source(_Model):
     query: str | None = None
     where: str | None = None
     visitor_id: str | None = None
+    anonymous_id: str | None = None
     timestamp: str | None = None
     timestamp_format: str | None = None
     event: EventColumn | None = None
