@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -27,6 +28,7 @@ from training.batch import Options
 from training.engine import Here, Processes
 
 DAY_MS = 86_400_000
+IDS = ("anonymousId", "userId")
 
 
 def rows_of(out: Path) -> dict[str, dict[str, Any]]:
@@ -76,6 +78,40 @@ def test_everybody_is_in_it_once_in_one_segment(open_shop: Shop, snapshot: Path)
         assert row["segment"] == loaded.segment(row["propensity"])
         assert row["percentile"] == np.float32(loaded.percentile(row["propensity"]))
         assert (row["model"], row["version"]) == (loaded.name, loaded.version)
+
+
+def test_who_logged_in_by_then_is_one_person_with_both_histories(open_shop: Shop, tmp_path: Path) -> None:
+    """As if the files had named the person all along; and before the login as if nobody had ever logged in."""
+    events = pq.read_table(open_shop.events)
+    anonymous, known = (sorted(set(events[name].to_pylist()) - {None})[:60] for name in IDS)
+    owners = dict(zip(anonymous, known, strict=True))
+    begin_ms, end_ms = at_of(open_shop) - DAY_MS, at_of(open_shop) + 1
+    logins = tmp_path / "logins.ndjson"
+    with logins.open("w") as lines:
+        for one, other in owners.items():
+            said = {"type": "identify", "anonymousId": one, "userId": other, "timestamp": end_ms, "event": None}
+            lines.write(json.dumps(said) + "\n")
+    named = [
+        owners.get(one, one) or other for one, other in zip(*(events[name].to_pylist() for name in IDS), strict=True)
+    ]
+    by_hand = events.drop_columns(list(IDS)).append_column("userId", pa.array(named, pa.string()))
+    pq.write_table(by_hand, tmp_path / "by-hand.parquet")
+
+    def scored(files: list[str], at_ms: int) -> dict[str, dict[str, Any]]:
+        made = batch.score(files, open_shop.model, at_ms, tmp_path / "out", Options(columns=("all",)), Here())
+        found = rows_of(tmp_path / "out")
+        assert made.rows == len(found)
+        return found
+
+    both = [*open_shop.files, str(logins)]
+    joined, alone = scored(both, end_ms), scored(open_shop.files, end_ms)
+    assert set(alone) - set(joined) == set(owners)
+    named_so = scored([str(tmp_path / "by-hand.parquet")], end_ms)
+    assert repr({name: joined[name] for name in named_so}) == repr(named_so)
+    assert set(joined) == set(named_so)
+    assert sum(repr(joined[name]) != repr(alone[name]) for name in joined) > 30
+    before, nobody = scored(both, begin_ms), scored(open_shop.files, begin_ms)
+    assert repr({name: before[name] for name in nobody}) == repr(nobody)
 
 
 def test_every_visitor_scores_as_alone(open_shop: Shop, snapshot: Path, tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from service.core import bundle
+from service.core import bundle, features, spec
 from service.core.errors import PropensityError
 from tests.conftest import Shop
 from tests.test_layers import ROOT, imports
+from tests.training import test_joins
 from training import batch, dataset, distributed, evaluate, fit, point_in_time, source
 from training.batch import Options
 from training.distributed import Dask
@@ -151,6 +152,24 @@ def test_training_rows_are_the_same_and_the_model_is_as_good(
     for mine, theirs in (judged, judged[::-1]):
         assert mine.roc_auc > 0.55
         assert mine.roc_auc_interval[0] < theirs.roc_auc < mine.roc_auc_interval[1]
+
+
+def test_joins_are_the_same_too(cluster: Dask, tmp_path: Path) -> None:
+    """Logins are in other files than visits, so that one worker has what another one's rows need."""
+    shop = spec.parse(test_joins.DOCUMENT)
+    sent = [event for seed in range(4) for event in test_joins.random_visits(seed, people=40)]
+    for number in range(5):
+        test_joins.write(tmp_path / f"{number}.ndjson", sent[number::5])
+    files = [str(tmp_path / "*.ndjson")]
+    (tmp_path / "here").mkdir()
+    here, apart = source.read(files, shop, tmp_path / "here"), cluster.read(files, shop, tmp_path / "apart")
+    assert apart.summary == here.summary
+    assert apart.summary.joined > 20
+    assert apart.partitions > here.partitions == 1
+    plan = features.compile(shop)
+    rows = [test_joins.rows_of(dataset.build(log, plan)) for log in (here, apart)]
+    assert rows[0] == rows[1]
+    assert len(rows[0]) > 2000
 
 
 def test_without_dask_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
