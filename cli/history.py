@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import importlib.metadata
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from itertools import groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from cli.progress import Report
+from service import door as doors
+from service import ingest
 from service.app import open_store
+from service.core.spec import FeatureSpec
+from service.door import Door
+from service.ingest import Accepted, Refused
+from service.joining import Login
 from service.settings import Settings
 from service.store import History, Store
 
@@ -21,6 +29,10 @@ if TYPE_CHECKING:  # the serving image has no training side, and asks `some_visi
     from training.source import EventLog, Partition
 
 VISITORS_AT_ONCE: Final = 500
+EVENTS_AT_ONCE: Final = 1000
+JOINS_AT_ONCE: Final = 50
+
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -29,6 +41,14 @@ class Loaded:
 
     visitors: int = 0
     added: int = 0
+    joined: int = 0  # anonymous visitors, into whom they logged in as
+    said: int = 0  # events that said something of a person: an address, a number, a consent
+
+
+def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """The items, so many at a time."""
+    iterator = iter(items)
+    return iter(lambda: list(islice(iterator, size)), [])
 
 
 def _store(settings: Settings, history_ms: int) -> AbstractAsyncContextManager[Store]:
@@ -40,7 +60,7 @@ async def replay_events(
     paths: Sequence[str], spec_path: Path, settings: Settings, max_bad_rows: int, memory_limit: str, report: Report
 ) -> Loaded:
     """Load event files. What an interrupted replay of the same files had finished is skipped."""
-    from training import source, specfile
+    from training import source, specfile, statements
 
     spec = specfile.load(spec_path)
     loaded = Loaded()
@@ -58,10 +78,50 @@ async def replay_events(
             done = await store.replayed(mark)
             for index in range(log.partitions):
                 if index not in done:
-                    await _load(log.partition(index, with_ids=True), store, loaded)
+                    partition = log.partition(index, with_ids=True)
+                    await _load(partition.at(source.NEVER - 1), store, loaded)
                     await store.mark_replayed(mark, index)
                 report("Loading visitors", (index + 1) / log.partitions)
+            persons = _mark(log, repr((settings.phone_region, settings.consent_categories)))
+            if not await store.replayed(persons):
+                report("Joining and identifying", 0)
+                await _join(log, store, loaded)
+                await _say(statements.read(log.connection, paths, spec), spec, settings, store, loaded)
+                await store.mark_replayed(persons, 0)
     return loaded
+
+
+async def _join(log: EventLog, store: Store, loaded: Loaded) -> None:
+    """Join anonymous visitors, whose history was loaded as that of whom they belong to."""
+    from training import joins
+
+    for logins in joins.logins(log.connection, log.directory):
+        by_visitor = {name: list(some) for name, some in groupby(logins, lambda login: login.anonymous)}
+        loaded.joined += len(by_visitor)
+        for some in batched(by_visitor.items(), JOINS_AT_ONCE):
+            now_ms = time.time_ns() // 1_000_000
+            said = ([(name, Login(one.ts_ms, one.known)) for one in logins_of] for name, logins_of in some)
+            await asyncio.gather(*(store.join(one, now_ms) for one in said))
+
+
+async def _say(
+    sent: Iterable[dict[str, Any]], spec: FeatureSpec, settings: Settings, store: Store, loaded: Loaded
+) -> None:
+    """Keep what events say of persons, as `POST /v1/events` does. Events that are refused were counted as bad rows."""
+    door, catalogue = Door.of(settings.phone_region, settings.consent_categories), ingest.catalogue([spec])
+    for some in batched(sent, EVENTS_AT_ONCE):
+        now_ms = time.time_ns() // 1_000_000
+        additions: dict[str, bytes] = {}
+        for event in some:
+            outcome = ingest.parse(catalogue, event, now_ms)
+            if isinstance(outcome, Refused) or event.get("timestamp") is None or not doors.speaks(event):
+                continue
+            told = doors.take(door, event, outcome, now_ms, lambda what, became: None)
+            if isinstance(told, Accepted) and told.said:
+                additions[told.visitor_id] = additions.get(told.visitor_id, b"") + told.said
+                loaded.said += 1
+        if additions:
+            await store.append_said(additions, now_ms)
 
 
 async def _load(partition: Partition, store: Store, loaded: Loaded) -> None:
@@ -102,9 +162,9 @@ async def replay_table(path: str, spec_path: Path, settings: Settings, max_bad_r
     return loaded
 
 
-def _mark(log: EventLog) -> str:
+def _mark(log: EventLog, *also: str) -> str:
     """Names this replay: the same rows, read by the same spec into the same partitions."""
-    parts = (log.summary.fingerprint, log.spec.hash, str(log.partitions), importlib.metadata.version("duckdb"))
+    parts = (log.summary.fingerprint, log.spec.hash, str(log.partitions), importlib.metadata.version("duckdb"), *also)
     return hashlib.sha256("/".join(parts).encode()).hexdigest()[:16]
 
 

@@ -74,6 +74,10 @@ def replay(
         console.print(f"{loaded.visitors:,} visitors, {loaded.added:,} records added to the feature cache.")
     else:
         console.print("Nothing to do: all of this history was replayed before.")
+    if loaded.joined:
+        console.print(f"{loaded.joined:,} anonymous visitors joined into whom they logged in as.")
+    if loaded.said:
+        console.print(f"{loaded.said:,} events kept that say something of a person.")
 
 
 def models(url: Annotated[str, typer.Option(help="Where the service runs.")] = "http://127.0.0.1:8000") -> None:

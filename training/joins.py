@@ -139,6 +139,17 @@ def resolved(logins: Iterable[Login]) -> Iterator[Login]:
         yield login._replace(known=owner)
 
 
+def logins(connection: duckdb.DuckDBPyConnection, directory: Path) -> Iterator[list[Login]]:
+    """Who was joined into whom, those of an anonymous visitor in the order of time and in one list as a rule."""
+    if not spans_file(directory).exists():
+        return
+    found = connection.execute(
+        f"SELECT from_ms, anonymous, owner FROM {spans(directory)} WHERE since_ms = 0 ORDER BY anonymous, from_ms"
+    )
+    for rows in iter(lambda: found.fetchmany(_ROWS_AT_ONCE), []):
+        yield [Login(*row) for row in rows]
+
+
 def move(
     connection: duckdb.DuckDBPyConnection, directory: Path, files: Sequence[str], partitions: int, target: Path
 ) -> None:

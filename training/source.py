@@ -470,8 +470,8 @@ class Relation:
         bins: list[list[Path]] = [[] for _ in range(min(most, len(self.files)))]
         for file in sorted(sizes, key=lambda file: (-sizes[file], file)):
             min(bins, key=lambda held: sum(sizes[one] for one in held)).append(file)
-        whole = _listed(self.files)
-        return [self.scan.replace(whole, _listed(held)) for held in bins]
+        whole = as_list(self.files)
+        return [self.scan.replace(whole, as_list(held)) for held in bins]
 
     def _parquet_scans(self, most: int) -> list[str]:
         rows = {file: _parquet_rows(self.connection, file) for file in self.files}
@@ -482,13 +482,13 @@ class Relation:
             bounds = [total * part // parts for part in range(parts + 1)]
             for first, end in pairwise(bounds):
                 where = f"WHERE file_row_number >= {first} AND file_row_number < {end}" if parts > 1 else ""
-                read = f"read_parquet({_listed([file])}{', file_row_number = true' if parts > 1 else ''})"
+                read = f"read_parquet({as_list([file])}{', file_row_number = true' if parts > 1 else ''})"
                 columns = "* EXCLUDE (file_row_number)" if parts > 1 else "*"
                 scans.append(f"(FROM {self.shape} UNION ALL BY NAME SELECT {columns} FROM {read} {where})")
         return scans
 
     def _scan(self, reader: str) -> str:
-        listed = _listed(self.files)
+        listed = as_list(self.files)
         if reader == "parquet":
             scan = f"read_parquet({listed}, union_by_name = true)"
         elif reader == "csv":
@@ -848,7 +848,8 @@ def _kept(spec: FeatureSpec) -> list[str]:
     return [*requests, *(f"trait{place}" for place, _ in keys), *texts]
 
 
-def _listed(files: Sequence[Path]) -> str:
+def as_list(files: Sequence[Path]) -> str:
+    """A SQL list of files."""
     return "[" + ", ".join(sql.literal(_pattern(file)) for file in files) + "]"
 
 

@@ -15,16 +15,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pytest
 import redis
 
 from cli import history, main
 from cli.history import Loaded
-from service import embedded, ingest
+from service import door, embedded, ingest
 from service.app import open_store
+from service.consent import Identities
 from service.core import events, features
+from service.core.spec import FeatureSpec
+from service.door import Door
 from service.errors import StoreError
+from service.history import compact_traits
 from service.settings import Settings
 from service.store import History, Store
 from tests.conftest import MakeSettings, wait_until
@@ -159,7 +164,8 @@ def test_a_replay_in_other_parts_looks_at_everyone_and_adds_nothing(
     wanted = expected(shop)
     replay(shop, settings)
     monkeypatch.setattr(source, "_PARTITION_ROWS", 150)
-    assert replay(shop, settings) == Loaded(len(wanted), 0)
+    loaded = replay(shop, settings)
+    assert (loaded.visitors, loaded.added) == (len(wanted), 0)
     assert stored(settings, list(wanted)) == wanted
 
 
@@ -375,6 +381,84 @@ def test_rows_without_a_visitor_are_counted_and_never_stored(shop: Path, setting
     assert stored(settings, ["None", ""]) == {"None": History(), "": History()}
 
 
+# --- who visitors are ---
+
+PERSONS = [f"u{number}" for number in range(12)] + [f"a{number}" for number in range(16)]
+
+
+def events_of_persons(seed: int) -> list[dict[str, Any]]:
+    """Visits, addresses, numbers, consents and logins, in the order of time."""
+    chance = random.Random(seed)
+    sent: list[dict[str, Any]] = []
+    for place in range(400):
+        item: dict[str, Any] = {"timestamp": START_MS + place * 60_000, "messageId": f"m{place}"}
+        item |= chance.choice(({"anonymousId": f"a{chance.randrange(16)}"}, {"userId": f"u{chance.randrange(12)}"}))
+        item |= {"type": "track", "event": "Product Viewed", "properties": {"price": chance.randrange(99)}}
+        if chance.random() < 0.3:
+            del item["event"], item["properties"]
+            item |= {"type": chance.choice(("identify", "identify", "alias")), "traits": {"loyalty": place % 3}}
+            item |= {"userId": f"u{chance.randrange(12)}"} if chance.random() < 0.8 else {}
+            item |= {"anonymousId": f"a{chance.randrange(16)}"} if chance.random() < 0.4 else {}
+            item |= {"previousId": f"a{chance.randrange(16)}"} if chance.random() < 0.1 else {}
+            email, phone = f"{place % 7}@example.com", chance.choice(("+49 30 90182012", "030 90182013", "12"))
+            item["traits"] |= chance.choice(({"email": email}, {"phone": phone}, {"email": "none"}, {}))
+        if chance.random() < 0.2:
+            said = {name: chance.random() < 0.6 for name in ("Advertising", "email") if chance.random() < 0.7}
+            item["context"] = {"device": "mobile", "consent": {"categoryPreferences": said or {"crm": True}}}
+        sent.append(item)
+    return sent
+
+
+async def sent_live(settings: Settings, spec: FeatureSpec, sent: list[dict[str, Any]]) -> None:
+    """What `POST /v1/events` does with each of these, one after the other."""
+    catalogue, told_by = ingest.catalogue([spec]), Door.of(settings.phone_region, settings.consent_categories)
+    async with open_store(settings, 0) as store:
+        for event in sent:
+            outcome = ingest.parse(catalogue, event, START_MS + DAY_MS)
+            assert not isinstance(outcome, ingest.Refused)
+            outcome = door.take(told_by, event, outcome, START_MS + DAY_MS, lambda what, became: None)
+            if isinstance(outcome, ingest.Accepted):
+                await store.append({outcome.visitor_id: History(outcome.events, outcome.traits)}, START_MS)
+                await store.append_said({outcome.visitor_id: outcome.said} if outcome.said else {}, START_MS)
+                await store.join([outcome.login] if outcome.login else [], START_MS)
+
+
+async def known_of_all(settings: Settings) -> list[object]:
+    async with open_store(settings, 0) as store:
+        histories = [
+            (events.compact(found.events, 10**6), compact_traits(found.traits, START_MS + DAY_MS))
+            for found in await store.read(PERSONS)
+        ]
+        families = [await store.family(visitor) for visitor in PERSONS]
+        return [histories, families, await Identities(store).read(PERSONS, START_MS + DAY_MS)]
+
+
+@pytest.mark.parametrize("ending", ["ndjson", "parquet"])
+def test_identifiers_consents_and_joins_are_those_of_the_events_sent_one_by_one(
+    shop: Path, make_settings: MakeSettings, store_url: str, ending: str
+) -> None:
+    sent = events_of_persons(len(ending))
+    path = write_events(shop / "persons.ndjson", sent)
+    if ending == "parquet":
+        duckdb.execute(f"COPY (FROM read_json('{path}', sample_size = -1)) TO '{shop / 'persons.parquet'}'")
+    live, replayed = (make_settings(redis_url=store_url, phone_region="DE") for _ in range(2))
+    assert live.namespace != replayed.namespace
+    asyncio.run(sent_live(live, specfile.load(shop / "spec.yaml"), sent))
+    loaded = replay(shop, replayed, f"persons.{ending}")
+    wanted = asyncio.run(known_of_all(live))
+    assert asyncio.run(known_of_all(replayed)) == wanted
+    assert (loaded.joined, loaded.said > 50) == (
+        len({name for name in PERSONS if owner_of(wanted, name) != name}),
+        True,
+    )
+    assert replay(shop, replayed, f"persons.{ending}") == Loaded(0, 0)
+    assert asyncio.run(known_of_all(replayed)) == wanted
+
+
+def owner_of(wanted: list[Any], visitor: str) -> str:
+    return str(wanted[1][PERSONS.index(visitor)].visitor_id)
+
+
 # --- the embedded feature cache, and the visitor for the first answer ---
 
 
@@ -421,7 +505,9 @@ def test_the_command_says_what_it_did_and_that_there_is_nothing_to_do(
         return err
 
     first, again = (replay("--events", "events.ndjson", "--spec", "spec.yaml") for _ in range(2))
-    assert first == f"{len(wanted)} visitors, {records_in(wanted):,} records added to the feature cache.\n"
+    told = [f"{len(wanted)} visitors, {records_in(wanted):,} records added to the feature cache."]
+    named = sum(item["type"] == "identify" for item in random_events())
+    assert first.splitlines() == [*told, f"{named} events kept that say something of a person."]
     assert re.fullmatch(r"Nothing to do: .*\n", again)
     write_table(shop / "table.csv", ["007,gold,41"])
     table = replay("--table", "table.csv", "--spec", "club.yaml")
