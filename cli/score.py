@@ -94,6 +94,8 @@ def _print(made: Snapshot) -> None:
         markup=False,
         soft_wrap=True,
     )
+    if made.summary.joined:
+        console.print(f"{made.summary.joined:,} anonymous visitors were joined into whom they logged in as")
     if made.summary.bad:
         examples = "; ".join(made.summary.examples)
         console.print(f"{made.summary.bad:,} bad rows were left out, for example {examples}", markup=False)

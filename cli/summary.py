@@ -29,6 +29,8 @@ def print_trained(trained: Trained) -> None:
         console.print(f"[bold yellow]Leak?[/] {escape(leak.message)}", highlight=False)
     for note in trained.notes:
         console.print(f"[yellow]Note:[/] {escape(note)}")
+    if joined := trained.data.get("joined", 0):
+        console.print(f"{joined:,} anonymous visitors were joined into whom they logged in as")
     bad = trained.data.get("bad", 0)
     if bad:
         examples = escape("; ".join(trained.data["examples"]))

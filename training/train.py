@@ -314,6 +314,7 @@ def _event_data(summary: source.Summary) -> dict[str, Any]:
         "ignored": summary.ignored,
         "bad": summary.bad,
         "visitors": summary.visitors,
+        "joined": summary.joined,
         "examples": list(summary.examples),
         "missing": list(summary.missing_properties),
         "from": _iso(summary.first_ms),
