@@ -118,9 +118,10 @@ def random_visits(seed: int, people: int = 12, each: int = 25) -> list[dict[str,
                 item |= {"userId": f"u{person}", "anonymousId": devices[0]}
             sent.append(item)
     sent = [item for item in sent if item["timestamp"] < NOW_MS]
-    twice = [dict(item) for item in chance.sample(sent, len(sent) // 10) if "type" not in item]
-    for item in twice:  # once under the one id and once under the other
+    twice = [dict(item) for item in chance.sample(sent, len(sent) // 4) if "type" not in item]
+    for item in twice:  # once under the one id and once under the other, not always saying the same
         item["userId"] = f"u{chance.randrange(people)}"
+        item["properties"] = {**item["properties"], "price": chance.randrange(1, 50)}
     sent += twice
     chance.shuffle(sent)
     return sent
