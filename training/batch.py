@@ -203,20 +203,30 @@ def _alike(model: Bundle, found: Evaluated) -> npt.NDArray[np.int64]:
 
 def _table(model: Bundle, ids: Sequence[str], scored: Scored, places: npt.NDArray[np.int64], job: Job) -> Any:
     rows = len(ids)
-    names = pyarrow.DictionaryArray.from_arrays(pyarrow.array(places, pyarrow.int8()), pyarrow.array(SEGMENTS))
     own = (
-        pyarrow.array(ids, pyarrow.string()),
-        pyarrow.array(scored.propensity),
-        pyarrow.array(model.percentiles(scored.propensity).astype(np.float32)),
-        names.cast(pyarrow.string()),
-        pyarrow.repeat(model.name, rows),
-        pyarrow.repeat(model.version, rows),
-        pyarrow.repeat(pyarrow.scalar(job.at_ms, COLUMNS["at"]), rows),
-        pyarrow.array(scored.last_event_ms),
+        _texts(ids),
+        _numbers(scored.propensity, pyarrow.float32()),
+        _numbers(model.percentiles(scored.propensity).astype(np.float32), pyarrow.float32()),
+        pyarrow.DictionaryArray.from_arrays(_numbers(places, pyarrow.int64()), _texts(SEGMENTS)).cast(pyarrow.string()),
+        _texts([model.name] * rows),
+        _texts([model.version] * rows),
+        _numbers(np.full(rows, job.at_ms), COLUMNS["at"]),
+        _numbers(scored.last_event_ms, pyarrow.int64()),
     )
     place = {name: column for column, name in enumerate(model.spec.names)}
-    chosen = [pyarrow.array(np.ascontiguousarray(scored.matrix[:, place[name]])) for name in job.columns]
+    chosen = [_numbers(np.ascontiguousarray(scored.matrix[:, place[name]]), pyarrow.float32()) for name in job.columns]
     return pyarrow.table([*own, *chosen], schema(job.columns))
+
+
+def _numbers(values: npt.NDArray[Any], kind: Any) -> Any:
+    """A column over the memory of an array. pyarrow.array imports pandas, which takes as long as 50,000 scores."""
+    return pyarrow.Array.from_buffers(kind, len(values), [None, pyarrow.py_buffer(values)])
+
+
+def _texts(values: Sequence[str]) -> Any:
+    encoded = [text.encode() for text in values]
+    ends = np.cumsum([0, *map(len, encoded)], dtype=np.int32)
+    return pyarrow.StringArray.from_buffers(len(values), pyarrow.py_buffer(ends), pyarrow.py_buffer(b"".join(encoded)))
 
 
 def schema(columns: Sequence[str] = ()) -> Any:

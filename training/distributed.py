@@ -21,7 +21,7 @@ import numpy as np
 from service.core.errors import PropensityError
 from service.core.spec import FeatureSpec
 from training import source
-from training.engine import cores
+from training.engine import cores, keep_memory
 from training.source import EventLog, Progress
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ def connected(scheduler: str | None = None, processes: int | None = None) -> Ite
             )
             client = stack.enter_context(Client(cluster))
             client.run(_mute)
+            client.run(keep_memory)
         else:
             try:
                 client = stack.enter_context(Client(scheduler, timeout=CONNECT_S))

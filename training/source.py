@@ -189,19 +189,24 @@ def _partition(
     if not files:
         return _empty(spec, with_ids)
     columns = ["visitor_hash", "ts_ms", "kind", "id", "attribute", "value", *_kept(spec)]
-    columns += ["visitor"] if with_ids else []
     where = "bad IS NULL"
     if joins.spans_file(directory).exists():
         has_moved = any(directory.glob(f"{joins.MOVED}*/part={index}"))
         columns += joins.COLUMNS if has_moved else []
         where += f" AND {joins.left_out(directory, has_moved)}"
+    rows = f"FROM read_parquet(?, hive_partitioning = false, union_by_name = true) WHERE {where}"
     with _told():
-        loaded = connection.execute(
-            f"SELECT {', '.join(columns)} FROM read_parquet(?, hive_partitioning = false, union_by_name = true) "
-            f"WHERE {where} ORDER BY visitor_hash, ts_ms",
-            [files],
-        ).fetchnumpy()
-    return _assemble(spec, loaded, with_ids)
+        query = f"SELECT {', '.join(columns)} {rows} ORDER BY visitor_hash, ts_ms"
+        loaded = connection.execute(query, [files]).fetchnumpy()
+        ids = _visitor_ids(connection, rows, files) if with_ids else None
+    return _assemble(spec, loaded, ids)
+
+
+def _visitor_ids(connection: duckdb.DuckDBPyConnection, rows: str, files: Sequence[str]) -> list[str]:
+    """In the order of their hashes. On their own, as rows that carry their ids take half as long again to sort."""
+    query = f"SELECT min(visitor) AS visitor {rows} GROUP BY visitor_hash ORDER BY visitor_hash"
+    found: list[str] = connection.execute(query, [files]).fetchnumpy()["visitor"].tolist()
+    return found
 
 
 def read(
@@ -1039,7 +1044,7 @@ def _plain(column: Any, absent: Any) -> npt.NDArray[Any]:
     return np.asarray(column)
 
 
-def _assemble(spec: FeatureSpec, loaded: Mapping[str, Any], with_ids: bool) -> Partition:
+def _assemble(spec: FeatureSpec, loaded: Mapping[str, Any], ids: Sequence[str] | None) -> Partition:
     visitor = _plain(loaded["visitor_hash"], 0).astype(np.uint64)
     row = np.cumsum(np.concatenate(([False], visitor[1:] != visitor[:-1]))[: len(visitor)])  # rows come sorted
     hashes = visitor[np.searchsorted(row, np.arange(row[-1] + 1 if len(row) else 0))]
@@ -1056,15 +1061,15 @@ def _assemble(spec: FeatureSpec, loaded: Mapping[str, Any], with_ids: bool) -> P
     since = _plain(loaded["since_ms"], 0).astype(np.int64) if "since_ms" in loaded else None
     order = _order_ties(every, row, request, since)
     order = order[kind[order] > 0]
-    records, owner = every[order], row[order]
+    # take and compress copy records of 24 bytes ten times as fast as an index does.
+    records, owner = every.take(order), row[order]
     first = _first_of_each(records, owner, None if since is None else since[order])
     trait_records, trait_owner, trait_since = _trait_changes(spec, loaded, every["ts_ms"], row, since)
     visitors = np.arange(len(hashes) + 1)
-    ids = _plain(loaded["visitor"], "")[np.searchsorted(row, visitors[:-1])] if with_ids else None
     return Partition(
         visitor_hash=hashes,
-        visitor_ids=None if ids is None else [str(text) for text in ids],
-        records=records[first],
+        visitor_ids=ids,
+        records=records.compress(first),
         starts=np.searchsorted(owner[first], visitors).astype(np.int64),
         request=request[order][first],
         traits=trait_records,
@@ -1141,18 +1146,18 @@ def _trait_changes(
         made = events.records(ts_ms[known], kind, events.hash32(key), text[known], value[known])
         begun = np.zeros(len(known), np.int64) if since is None else since[known]
         order = _order_ties(made, row[known], None, begun)
-        made, owner, begun = made[order], row[known][order], begun[order]
+        made, owner, begun = made.take(order), row[known][order], begun[order]
         first = _first_of_each(made, owner, begun)
-        made, owner, begun = made[first], owner[first], begun[first]
+        made, owner, begun = made.compress(first), owner[first], begun[first]
         kept = ~_same_as_before(made["attribute"], made["value"], owner)
         kept[1:] |= begun[:-1] > np.maximum(begun, made["ts_ms"])[1:]  # the one before was not the visitor's yet
         kept |= np.concatenate((owner[1:] != owner[:-1], [True]))[: len(made)]
-        parts.append(made[kept])
+        parts.append(made.compress(kept))
         owners.append(owner[kept])
         sinces.append(begun[kept])
     joined, owner, begun = np.concatenate(parts), np.concatenate(owners), np.concatenate(sinces)
     order = events.canonical_order(joined, owner)
-    return joined[order], owner[order], begun[order]
+    return joined.take(order), owner[order], begun[order]
 
 
 def _same_as_before(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 import uuid
 from collections.abc import Sequence
 from functools import cache
@@ -112,6 +114,21 @@ def test_who_logged_in_by_then_is_one_person_with_both_histories(open_shop: Shop
     assert sum(repr(joined[name]) != repr(alone[name]) for name in joined) > 30
     before, nobody = scored(both, begin_ms), scored(open_shop.files, begin_ms)
     assert repr({name: before[name] for name in nobody}) == repr(nobody)
+
+
+def test_a_process_that_scores_imports_no_pandas(open_shop: Shop, tmp_path: Path) -> None:
+    """pyarrow would, for a column of Python objects; every worker would wait for it."""
+    given = f"{open_shop.files!r}, Path({str(open_shop.model)!r}), 1790000000000, Path({str(tmp_path / 'now')!r})"
+    code = f"""
+import sys
+from pathlib import Path
+from training import batch
+from training.engine import Here
+batch.score({given}, batch.Options(columns=("all",)), Here())
+assert "pyarrow" in sys.modules
+assert "pandas" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_every_visitor_scores_as_alone(open_shop: Shop, snapshot: Path, tmp_path: Path) -> None:

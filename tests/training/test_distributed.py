@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 import re
+import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -170,6 +172,20 @@ def test_joins_are_the_same_too(cluster: Dask, tmp_path: Path) -> None:
     rows = [test_joins.rows_of(dataset.build(log, plan)) for log in (here, apart)]
     assert rows[0] == rows[1]
     assert len(rows[0]) > 2000
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that is told to keep memory")
+def test_workers_keep_the_memory_that_they_free(cluster: Dask) -> None:
+    for faults in cluster.client.run(faults_of_arrays).values():
+        assert faults < 5_000  # of 16,000 where every array is new to the process
+
+
+def faults_of_arrays() -> int:
+    """Pages that the system gave to this process while it made and freed an array of 800 of them twenty times."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        np.ones(400_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
 def test_without_dask_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
