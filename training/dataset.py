@@ -291,7 +291,7 @@ def _joined(parts: list[Dataset]) -> Dataset:
 
 
 def _event_label(spec: FeatureSpec) -> Label:
-    if spec.label is None or spec.label.event is None:
+    if spec.label is None or spec.label.kind is None:
         raise TooLittleData("the spec has no label to learn from events; write label: {event: KIND, horizon: 7d}")
     return spec.label
 
@@ -492,14 +492,15 @@ def _active(view: View, after_ms: np.int64, point_ms: np.int64) -> Ints:
 
 def _labelled(plan: Plan, view: View, moments: Moments, label: Label) -> Dataset:
     owner, cutoff, request = moments
-    code = plan.spec.codes((str(label.event),))[0]
+    code = plan.spec.codes((str(label.kind),))[0]
     happened = view.keys[view.partition.records["kind"] == code]
     person = owner if view.partition.joins is None else view.partition.joins.person[owner]
     after = np.searchsorted(happened, view.key(person, cutoff), "right")
     within = np.searchsorted(happened, view.key(person, cutoff + horizon_of(label)), "right")
     matrix = view.vectors(plan, owner, cutoff, request)
     golden = tuple(_golden_rows(view, owner, cutoff, request))
-    return Dataset(matrix, within > after, view.partition.visitor_hash[person], cutoff, golden)
+    positive = within > after if label.event is not None else within == after
+    return Dataset(matrix, positive, view.partition.visitor_hash[person], cutoff, golden)
 
 
 def _golden_rows(view: View, owner: Ints, cutoff: Ints, request: npt.NDArray[np.float32]) -> Iterator[GoldenRow]:

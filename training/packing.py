@@ -202,8 +202,8 @@ def _label(spec: FeatureSpec) -> str:
         return ""
     if label.column is not None:
         return f"{label.column} is {' or '.join(label.positive)}"
-    event = spec.events[str(label.event)].event
-    return f"{event} within {format_duration(label.horizon or 0)}"
+    event = spec.events[str(label.kind)].event
+    return f"{'no ' if label.absent else ''}{event} within {format_duration(label.horizon or 0)}"
 
 
 def _spans(contents: Contents) -> list[report.Span]:

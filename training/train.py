@@ -252,7 +252,7 @@ def _judge(rows: Dataset, split: Split, fitted: Fitted, spec: FeatureSpec, leaks
 
 def _recency_frequency_monetary(spec: FeatureSpec) -> list[int] | None:
     """Columns of the marketer's classic: recency, count and sum of the label's event; None where one is lacking."""
-    event = spec.label.event if spec.label is not None else None
+    event = spec.label.kind if spec.label is not None else None
     columns = []
     for kind in (Recency, Count, Sum):
         found = [

@@ -121,9 +121,13 @@ class Limits(_Model):
 
 
 class Label(_Model):
-    """What is predicted: `event` within `horizon` after the moment of asking, or a `column` of a table."""
+    """What is predicted: `event` within `horizon` after the moment of asking, or that `absent` does not happen by then,
+    or a `column` of a table.
+    """
 
     event: str | None = None
+    # Not in the hash where it is not written: bundles are older than it.
+    absent: str | None = Field(None, exclude_if=lambda value: value is None)
     horizon: Duration | None = None
     column: str | None = None
     positive: Annotated[tuple[str, ...], BeforeValidator(_as_names)] = ("1", "true", "yes")
@@ -136,11 +140,16 @@ class Label(_Model):
 
     @model_validator(mode="after")
     def _one_form(self) -> Label:
-        if (self.column is None) == (self.event is None):
-            raise ValueError("write either event and horizon, or column (for --table), and not both")
-        if self.event is not None and self.horizon is None:
+        if [self.event, self.absent, self.column].count(None) != 2:
+            raise ValueError("write one of event and horizon, absent and horizon, or column (for --table)")
+        if self.kind is not None and self.horizon is None:
             raise ValueError("an event label needs a horizon; write for example horizon: 7d")
         return self
+
+    @property
+    def kind(self) -> str | None:
+        """The kind of event that is looked for within the horizon; None of a table."""
+        return self.event or self.absent
 
 
 class Rows(_Model):
@@ -477,8 +486,8 @@ class FeatureSpec(_Model):
             if isinstance(feature, Aggregate)
         }
         used["rows", "after"] = self.rows.after
-        if self.label is not None and self.label.event is not None:
-            used["label", "event"] = (self.label.event,)
+        if self.label is not None and self.label.kind is not None:
+            used["label", "event" if self.label.event is not None else "absent"] = (self.label.kind,)
         for place, kinds in used.items():
             for kind in kinds:
                 if kind != ANY and kind not in self.events:

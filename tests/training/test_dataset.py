@@ -258,6 +258,20 @@ def test_the_label_window_opens_after_the_cutoff_and_closes_with_the_horizon(rea
     assert labels == expected
 
 
+def test_who_stays_away_is_positive_where_that_is_the_label(read: Read) -> None:
+    start = NOW_MS - 10 * DAY_MS
+    gaps = {"at once": 0, "a ms later": 1, "at the end": DAY_MS, "too late": DAY_MS + 1}
+    sent = [event(visitor, start) for visitor in (*gaps, "never")]
+    sent += [order(visitor, start + gap) for visitor, gap in gaps.items()]
+    sent += [event("last", NOW_MS - DAY_MS)]
+    chosen = shop(
+        rows={"per_visitor": 1000, "after": "view", "cold_start": False}, label={"absent": "order", "horizon": "1d"}
+    )
+    made = rows_of(dataset.build(read(chosen, sent), features.compile(chosen)))
+    labels = {visitor: made[visitor_hash(visitor), start][1] for visitor in (*gaps, "never")}
+    assert labels == {"at once": True, "a ms later": False, "at the end": False, "too late": True, "never": True}
+
+
 def test_a_cutoff_whose_horizon_reaches_beyond_the_data_gives_no_row(read: Read) -> None:
     last = NOW_MS - DAY_MS
     moments = {"old": last - 5 * DAY_MS, "matured": last - DAY_MS, "a ms short": last - DAY_MS + 1, "last": last}
