@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import itertools
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -16,7 +18,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import httpx2
 import numpy as np
@@ -33,6 +35,8 @@ from service.members import Members
 from service.propensities import Propensities
 from service.settings import Settings
 from service.store import Store
+
+pytest_plugins = ["tests.alone"]
 
 DAY_MS = 86_400_000
 
@@ -168,11 +172,32 @@ def _golden(feature_spec: spec.FeatureSpec, weight: float) -> dict[str, Any]:
     }
 
 
+def _ports() -> Iterator[int]:
+    """Ports below those that a system gives to clients, other ones for each process of tests, round and round."""
+    process = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    first = 10_000 + process % 4 * 2_500
+    begin = random.SystemRandom().randrange(2_500)  # two runs on one machine
+    return (first + (begin + step) % 2_500 for step in itertools.count())
+
+
+_PORTS: Final = _ports()
+
+
 def free_port() -> int:
-    """A TCP port of the loopback that nobody listens on."""
+    """A TCP port of the loopback that nobody listens on, nor on the one 10,000 above it, the bus of a cluster.
+
+    One that the system picks may be somebody else's before a server has started that listens on it.
+    """
+    return next(port for port in _PORTS if _is_free(port) and _is_free(port + 10_000))
+
+
+def _is_free(port: int) -> bool:
     with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+        try:
+            found.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 class RedisServer:
@@ -208,7 +233,7 @@ class RedisServer:
             self.process = None
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 20) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
     """Return once `condition` holds; fail if it does not in time."""
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -316,7 +341,7 @@ class ServiceProcess:
 
     def end(self, how: signal.Signals = signal.SIGTERM) -> int:
         self.process.send_signal(how)
-        return self.process.wait(20)
+        return self.process.wait(60)
 
 
 def fill_propensity_database(url: str, namespace: str) -> None:

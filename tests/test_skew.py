@@ -8,7 +8,6 @@ import json
 import os
 import random
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+
+from tests.conftest import free_port
 
 ROOT = Path(__file__).parents[1]
 SPEC = ROOT / "examples" / "shop.yaml"
@@ -52,9 +53,7 @@ def shop(environment: dict[str, str]) -> Path:
 
 @pytest.fixture(scope="module")
 def service(shop: Path, environment: dict[str, str]) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "cli.main", "serve", "--port", str(port), "--artifacts", str(shop / "artifacts")]
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"

@@ -352,11 +352,11 @@ def test_what_does_not_pass_is_rejected_with_googles_words(
 def test_no_answer_in_time_is_busy(stub: GoogleStub) -> None:
     ads = build("google", options(stub, timeout_s=0.5))
     champions = ads.open("champions")
-    stub.faults.append(Fault(ADD, Code.OK, after=True, sleep_s=1.2))
+    stub.faults.append(Fault(ADD, Code.OK, after=True, sleep_s=3))
     started_s = time.monotonic()
     with pytest.raises(Busy, match="DEADLINE_EXCEEDED"):
         ads.add(champions, [person(1)], "a")
-    assert time.monotonic() - started_s < 1.1
+    assert time.monotonic() - started_s < 3
 
 
 def test_no_platform_at_all_is_busy(stub: GoogleStub) -> None:

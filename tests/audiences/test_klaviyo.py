@@ -282,11 +282,11 @@ def test_an_answer_that_is_lost_is_made_up_for_by_the_next_attempt(account: stub
 def test_no_answer_in_time_is_busy(account: stubs.Klaviyo) -> None:
     klaviyo, (people, _) = destination(account, timeout_s=0.3), crowd(account, 1)
     list_id = klaviyo.open("champions")
-    account.stall("GET /api/profiles", 0.8)
+    account.stall("GET /api/profiles", 2)
     started = time.monotonic()
     with pytest.raises(Busy, match="no answer when reading profiles: ReadTimeoutError"):
         klaviyo.add(list_id, people, "b1")
-    assert time.monotonic() - started < 0.8
+    assert time.monotonic() - started < 2
     assert all(outcome.accepted for outcome in klaviyo.add(list_id, people, "b1"))
 
 

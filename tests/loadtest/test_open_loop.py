@@ -17,6 +17,8 @@ from typer.testing import CliRunner
 from loadtest import open_loop
 from loadtest.open_loop import Result, drive, moments, post
 
+pytestmark = pytest.mark.alone
+
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import random
 import shutil
 import signal
-import socket
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import redis
 
-from tests.conftest import wait_until
+from tests.conftest import free_port, wait_until
 
 SLOTS = 16384
 
@@ -28,7 +25,7 @@ class RedisProcess:
         binary = shutil.which("redis-server")
         if binary is None:
             pytest.skip("redis-server is not installed")
-        self.port = free_ports()
+        self.port = free_port()
         self._password = password
         self._command = [binary, *options, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(directory)]
         self.process: subprocess.Popen[bytes] | None = None
@@ -62,19 +59,6 @@ class RedisProcess:
     def resume(self) -> None:
         assert self.process is not None
         self.process.send_signal(signal.SIGCONT)
-
-
-def free_ports() -> int:
-    """A TCP port of the loopback that nobody listens on, nor on the port 10,000 above it."""
-    while True:
-        port = random.SystemRandom().randrange(20000, 30000)
-        with ExitStack() as stack:
-            try:
-                for one in (port, port + 10000):
-                    stack.enter_context(socket.socket()).bind(("127.0.0.1", one))
-            except OSError:
-                continue
-            return port
 
 
 class Cluster:

@@ -44,6 +44,7 @@ def test_what_was_acknowledged_is_there_after_the_service_was_killed(
     assert "Traceback" not in again.log.read_text()
 
 
+@pytest.mark.alone
 def test_the_embedded_server_is_there_again_when_it_was_killed_and_scores_are_whole(
     tmp_path: Path, artifacts: Path, start_service: StartService
 ) -> None:

@@ -93,6 +93,7 @@ def pids_of(server: EmbeddedServer) -> tuple[int, int]:
     return pid, int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("whom", ["server", "server and keeper"])
 def test_a_killed_server_is_there_again_within_two_seconds_with_its_data(server: EmbeddedServer, whom: str) -> None:
     with connect(server) as client:
@@ -107,6 +108,7 @@ def test_a_killed_server_is_there_again_within_two_seconds_with_its_data(server:
     assert pids_of(server)[0] != pid
 
 
+@pytest.mark.alone
 def test_of_two_users_one_starts_it_again(server: EmbeddedServer) -> None:
     other, _ = user_of(address_of(server.url).parent)
     os.kill(pids_of(server)[0], signal.SIGKILL)

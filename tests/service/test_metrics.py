@@ -225,7 +225,7 @@ def test_counts_of_two_workers_together_are_those_of_numpy(two_workers: ServiceP
     scores = shop.predict(matrix)
     assert [answer["propensity"] for answer in answers] == [float(f"{score:.6g}") for score in scores.tolist()]
     by_bin = {"name": "propensity_feature_bin_total", "model": "shop", "version": "1"}
-    wait_until(lambda: grown(before, scrape(two_workers.url), **by_bin, feature=bins.SCORE) >= 4000, 5)
+    wait_until(lambda: grown(before, scrape(two_workers.url), **by_bin, feature=bins.SCORE) >= 4000)
     now, now_of_each = scrape(two_workers.url), served(two_workers.log.parent)
     assert sorted(now_of_each[name] - before_of_each[name] > 5 for name in now_of_each) == [False, True, True]
     for name, described in {**shop.reference.features, bins.SCORE: shop.reference.score}.items():

@@ -116,9 +116,9 @@ async def test_requests_that_wait_together_are_read_together(
 
 
 async def test_of_a_batch_each_group_has_the_usual_time_and_all_have_what_the_client_gives(
-    store: Store, loaded: Models, monkeypatch: pytest.MonkeyPatch
+    own_store: Store, loaded: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ask, loop = store.ask, asyncio.get_running_loop()
+    ask, loop = own_store.ask, asyncio.get_running_loop()
 
     def slow(visitor_ids: Sequence[str]) -> asyncio.Future[Values]:
         later: asyncio.Future[Values] = loop.create_future()
@@ -128,17 +128,17 @@ async def test_of_a_batch_each_group_has_the_usual_time_and_all_have_what_the_cl
                 later.set_result(read.result())
 
         def give(read: asyncio.Future[Values]) -> None:
-            loop.call_later(0.4, answer, read)
+            loop.call_later(0.6, answer, read)
 
         ask(visitor_ids).add_done_callback(give)
         return later
 
-    monkeypatch.setattr(store, "ask", slow)
-    scorer = scorer_of(store, loaded, deadline_ms=1000, max_deadline_ms=1000)
+    monkeypatch.setattr(own_store, "ask", slow)
+    scorer = scorer_of(own_store, loaded, deadline_ms=2000, max_deadline_ms=2000)
     requests = [ScoreRequest(f"v{row}") for row in range(5 * GROUP)]
     missing = [outcome.degraded for outcome in await scorer.score(requests) if isinstance(outcome, Score)]
     assert missing == [[]] * len(requests)
-    hurried = await scorer.score(requests, 1000)
+    hurried = await scorer.score(requests, 2000)
     missing = [outcome.degraded for outcome in hurried if isinstance(outcome, Score)]
     assert missing[0] == []
     assert missing[-1] == ["store"]
@@ -196,25 +196,30 @@ async def test_one_more_than_may_wait_is_refused_at_once_and_batches_take_no_pla
     assert (await asked(scorer)).degraded == []
 
 
+@pytest.mark.alone
 async def test_a_hanging_cache_costs_each_request_its_own_time_and_the_next_nothing(
     own_store: Store, own_redis_server: RedisServer, loaded: Models
 ) -> None:
-    scorer = scorer_of(own_store, loaded, deadline_ms=80, max_deadline_ms=200, breaker_failures=1)
-    assert (await asked(scorer)).events == 3
-    stop(own_redis_server)
-
-    async def took(timeout_ms: float | None) -> float:
+    async def took_s(scorer: Scorer, timeout_ms: float | None) -> float:
         started = time.monotonic()
         assert (await asked(scorer, timeout_ms=timeout_ms)).degraded == ["store"]
         return time.monotonic() - started
 
-    short, usual, long = await asyncio.gather(took(20), took(None), took(5000))
+    rounds = []
+    for _ in range(3):
+        scorer = scorer_of(own_store, loaded, deadline_ms=80, max_deadline_ms=200, breaker_failures=1)
+        assert (await asked(scorer, timeout_ms=200)).events == 3
+        stop(own_redis_server)
+        waited_s = await asyncio.gather(*(took_s(scorer, timeout_ms) for timeout_ms in (20, None, 5000)))
+        rounds.append([*waited_s, await took_s(scorer, None)])
+        resume(own_redis_server)
+        scorer.close()
+    # No request is early, and a machine that is late once is not late every time.
+    short, usual, long, next_ones = (min(found) for found in zip(*rounds, strict=True))
     assert 0.018 < short < 0.06
     assert 0.078 < usual < 0.12
     assert 0.198 < long < 0.24  # the cap
-    assert await took(None) < 0.02  # the breaker is open
-    resume(own_redis_server)
-    scorer.close()
+    assert next_ones < 0.02  # the breaker is open
 
 
 async def test_those_who_did_not_wait_leave_the_others_their_own_histories(
@@ -269,6 +274,7 @@ async def test_one_lost_connection_is_one_failure_however_many_wait_on_it(
     assert scorer.breaker_state == "closed"
 
 
+@pytest.mark.alone
 async def test_a_loop_that_was_held_up_does_not_blame_the_cache(store: Store, loaded: Models) -> None:
     await store.append({"a": events_of(3)}, NOW_MS)
     scorer = scorer_of(store, loaded, deadline_ms=30)
@@ -347,6 +353,7 @@ async def test_of_many_at_once_the_joined_ones_are_scored_as_those_whom_they_wer
     assert scorer.waiting == 0
 
 
+@pytest.mark.alone
 async def test_a_joined_visitor_whose_second_read_hangs_is_scored_without_it_in_time(
     own_store: Store, own_redis_server: RedisServer, loaded: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:

