@@ -79,7 +79,7 @@ async def test_each_of_many_at_once_gets_its_own_answer_though_neighbours_are_ca
     store: Store, loaded: Models
 ) -> None:
     count = 3000
-    scorer = scorer_of(store, loaded, queue_length=count)
+    scorer = scorer_of(store, loaded, deadline_ms=20_000, queue_length=count)
     for first in range(0, count, 500):
         await store.append({f"v{row}": events_of(row % 97) for row in range(first, first + 500)}, NOW_MS)
     tasks = [asyncio.create_task(asked(scorer, f"v{row}")) for row in range(count)]

@@ -100,7 +100,7 @@ async def test_who_never_ends_a_request_is_waited_for_as_long_as_the_setting_say
     told_at = time.monotonic()
     service.process.send_signal(signal.SIGTERM)
     assert await asyncio.to_thread(service.process.wait, 20) == 0
-    assert 1 <= time.monotonic() - told_at < 4
+    assert 1 <= time.monotonic() - told_at < 8  # not the ten seconds of the default
     assert "is killed" not in service.log.read_text()
     writer.close()
 
