@@ -162,13 +162,18 @@ def test_simulated_hours_have_the_numbers_and_the_verdicts_of_the_formulas_in_pr
     expected = {at: drift.psi(own, watched_by[at].bins.shares) for at, own in counts.items()}
     with watched(tmp_path, 2) as (prometheus, replicas):
         count_in(prometheus, replicas, described(described_hours), counts, expected)
-        wait_until(lambda: len(prometheus.query("propensity:missing_threshold:1h")) == len(counts))
-        time.sleep(2)  # so that all rules have seen the last counts
-        moment_s = time.time() - 1
-        found = {
-            name: prometheus.values(f"propensity:{name}:1h", *FEATURE, at_s=moment_s)
-            for name in ("psi", "drift_threshold", "missing_share", "missing_threshold", "feature_population")
-        }
+        found: dict[str, dict[tuple[str, ...], float]] = {}
+
+        def are_read() -> bool:
+            """Whether all rules have seen the last counts two seconds ago, by scrapes that came in time; keeps them."""
+            moment_s = time.time() - 2
+            for name in ("psi", "drift_threshold", "missing_share", "missing_threshold", "feature_population"):
+                found[name] = prometheus.values(f"propensity:{name}:1h", *FEATURE, at_s=moment_s)
+            return all(set(values) == set(counts) for values in found.values()) and found["psi"] == pytest.approx(
+                expected, abs=1e-6
+            )
+
+        wait_until(are_read)
     floor, per_visitor = drift.WINDOWS["1h"]
     verdicts = set()
     for at, own in counts.items():

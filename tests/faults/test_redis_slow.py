@@ -101,6 +101,7 @@ async def test_whatever_the_network_does_everybody_is_answered_in_time_with_thei
         )
 
 
+@pytest.mark.alone
 async def test_beside_aborted_requests_nobody_gets_the_data_of_another(
     serve: Serve, own_redis_server: RedisServer, span: Span, note: Note
 ) -> None:
@@ -123,6 +124,9 @@ async def test_beside_aborted_requests_nobody_gets_the_data_of_another(
                 await _abort(service.port, question, chance)
                 continue
             status, raw = await exchange(reader, writer, question)
+            if status == 429:  # a machine that is busy with others refuses some
+                degraded += 1
+                continue
             assert status == 200, raw
             content = visitors.content_of(raw)
             assert visitors.is_answer_for(number, content), content
