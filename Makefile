@@ -26,7 +26,7 @@ run: .run/replayed | .run/trained ## From nothing to an answer: simulated shop, 
 
 test: .venv/.ready-dev system ## Install what the tests need, then check style and types and run every test
 	@$(MAKE) --no-print-directory lint
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -q --numprocesses 2 --dist loadfile
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 faults: .venv/.ready-dev ## Give every fault of Redis, network and clients its full time, and print what was measured
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -q --timeout 300 tests/faults --full

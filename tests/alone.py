@@ -36,6 +36,10 @@ def _is_alone(item: pytest.Item | None) -> bool:
     return item is not None and item.get_closest_marker("alone") is not None
 
 
+def _is_slow(item: pytest.Item) -> bool:
+    return item.get_closest_marker("slow") is not None
+
+
 class Turns:
     """A plugin of each of the processes that lets its tests into the room."""
 
@@ -44,11 +48,15 @@ class Turns:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Within a file the tests that are alone come last, one after the other: the room is waited for once."""
+        """Files with slow tests come first, or one process would end with them while the other has nothing left to do.
+
+        Within a file the tests that are alone come last, one after the other: the room is waited for once.
+        """
         files: dict[Path, list[pytest.Item]] = {}
         for item in items:
             files.setdefault(item.path, []).append(item)
-        items[:] = [item for file in files.values() for item in sorted(file, key=_is_alone)]
+        slow_first = sorted(files.values(), key=lambda file: not any(map(_is_slow, file)))
+        items[:] = [item for file in slow_first for item in sorted(file, key=_is_alone)]
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(
