@@ -37,7 +37,7 @@ from dataclasses import asdict
 from pathlib import Path
 from training.simulate import Shop, simulate, sized
 
-begin = time.process_time()
+begin = time.process_time()  # others may keep the machine busy
 summary = simulate(sized(Shop(seed=1), int(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3]))
 seconds = time.process_time() - begin
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
