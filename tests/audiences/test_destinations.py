@@ -24,7 +24,7 @@ from pydantic import SecretStr, ValidationError
 from audiences import ledger as ledgers
 from audiences import sync, triggers
 from audiences.destinations import files, registry, webhook
-from audiences.destinations.protocol import Busy, DestinationError, Person, Purpose, Rejected
+from audiences.destinations.protocol import Busy, DestinationError, Outcome, Person, Purpose, Rejected
 from audiences.signed import post
 from service.core.errors import PropensityError
 from tests.audiences.people import People, Somebody, key_of
@@ -180,7 +180,7 @@ def test_whatever_a_receiver_answers_is_told_as_busy_or_rejected_and_in_time(
         port = server.getsockname()[1]
         ours = hook(f"http://127.0.0.1:{port}/?token=canary", timeout_s=0.3)
         try:
-            assert ours.add("vip", [ANNA], "batch-1") == [(True, "200")]
+            assert [*ours.add("vip", [ANNA], "batch-1")] == [Outcome(True, "200")]
             found = "taken"
         except DestinationError as error:
             found = f"{type(error).__name__}: {error}"
