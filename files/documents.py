@@ -31,6 +31,12 @@ class _Loader(yaml.SafeLoader):
             seen.add(name)
         return {str(name): value for name, value in super().construct_mapping(node, deep).items()}
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:  # `!!int x`, and a number of more digits than Python reads
+            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
+
 
 _Loader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in (

@@ -125,6 +125,8 @@ def test_a_budget_pays_for_whole_contacts() -> None:
         ("audiences: {a: {micro: x}}", "1: audiences.a: micro divides a segment; write segment: NAME as well"),
         ("audiences: {a: {model: m, segment: champions, micro: x}}", "1: audiences.a.micro: no micro-segment 'x' in"),
         ("segments: {m: {micro: {champion: {}}}}\naudiences: {a: {}}", "1: segments.m.micro: no segment 'champion';"),
+        ("audiences:\n  a: {top: !!int x}", "2: invalid literal for int() with base 10: 'x'"),
+        ("audiences:\n  a: {top: " + "9" * 5000 + "}", "2: Exceeds the limit (4300 digits) for integer string"),
         ("audiences: {a: {model: m, top: NINES}}", "1: audiences.a.top: 99999999999999999999999999999999999999999999"),
         ("audiences: {a: {model: m, budget: {spend: 1.0e300, per_contact: 0.1}}}", "1: audiences.a.budget: spend pays"),
         ("audiences: {a: {min_size: NINES}}", "1: audiences.a.min_size: input should be less than or equal to 100000"),
