@@ -4,6 +4,9 @@
 .DELETE_ON_ERROR:
 .PHONY: help setup setup-dev run test faults identities rules hysteresis-proof drift-proof lint format examples load bench bench-audiences bench-features bench-ingest bench-memory bench-members bench-training bench-batch bench-tracing fresh-run dashboards observe traffic preview sync-kills bench-sync image clean again lock system
 
+# Where this is set, each of the hundreds of processes that tests start compiles every module again: a second each.
+unexport PYTHONDONTWRITEBYTECODE
+
 BIN := .venv/bin
 PORT ?= 8000
 SHOP := .run/shop/events.parquet
