@@ -137,11 +137,17 @@ class Waiting(NamedTuple):
 def load(file: registry.File, name: str | None = None) -> dict[str, Options]:
     """The triggers of the file, or the one of a name. Raises PropensityError."""
     if not file.triggers:
-        raise PropensityError(f"{file.path}: no triggers; write triggers: NAME: {{url: ..., secret: ...}}")
+        raise PropensityError(f"{file.document.name}: no triggers; write triggers: NAME: {{url: ..., secret: ...}}")
+    return {one: _options(file, one) for one in (file.triggers if name is None else [name])}
+
+
+def _options(file: registry.File, name: str) -> Options:
+    given = file.trigger(name)
     try:
-        return {one: Options.model_validate(file.trigger(one)) for one in (file.triggers if name is None else [name])}
+        return Options.model_validate(given)
     except ValidationError as error:
-        raise PropensityError(registry.told(f"{file.path}: triggers", error)) from None
+        wrong = registry.problems(("triggers", name), error, Options.model_fields)
+        raise registry.refused(file.document, wrong) from None
 
 
 class Trigger:

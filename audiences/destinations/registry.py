@@ -8,17 +8,24 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from audiences.definitions import Problem, nearest
 from audiences.destinations.options import FromEnvironment
 from audiences.destinations.protocol import Destination
+from files import documents
+from files.documents import Document, Place
 from service.core.errors import PropensityError
 
+_FILE: Final = documents.Kind(
+    PropensityError,
+    "name the file of destinations with --destinations FILE, see docs/sync.md",
+    "write the keys destinations and triggers at the top, each a mapping by name",
+)
 REFERENCE: Final = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
@@ -56,22 +63,23 @@ class Entry(NamedTuple):
     kind: str
     sending: Sending
     options: Mapping[str, Any]
-    where: str
+    document: Document
 
     def build(self) -> Destination:
-        """The destination. Raises PropensityError naming the extra that is missing, or the option that is wrong."""
-        kind = KINDS[self.kind]
+        """The destination. Raises PropensityError naming the extra that is missing, or all options that are wrong."""
+        kind, place = KINDS[self.kind], ("destinations", self.name)
         try:
             module = importlib.import_module(kind.module)
         except ModuleNotFoundError as error:
             raise PropensityError(
-                f"{self.where}.{self.name}: the kind {self.kind} needs {error.name}, which is not installed; "
+                f"{self.document.where(place)}: the kind {self.kind} needs {error.name}, which is not installed; "
                 f"install it with pip install 'propensity[{kind.extra}]'"
             ) from None
         try:
             options = module.Options.model_validate(dict(self.options))
         except ValidationError as error:
-            raise PropensityError(told(f"{self.where}.{self.name}", error)) from None
+            known = [*module.Options.model_fields, *Sending.model_fields]
+            raise refused(self.document, problems(place, error, known)) from None
         built: Destination = module.build(self.name, options)
         return built
 
@@ -84,91 +92,100 @@ class File(NamedTuple):
 
     destinations: Mapping[str, Mapping[str, Any]]
     triggers: Mapping[str, Mapping[str, Any]]
-    path: Path
+    document: Document
     environment: Mapping[str, str]
 
     def destination(self, name: str) -> Entry:
-        """The destination of this name. Raises PropensityError with those that there are, or with what is wrong."""
-        if name not in self.destinations:
-            raise PropensityError(
-                f"{self.path}: no destination {name!r}; it has {', '.join(self.destinations) or 'none'}"
-            )
-        where = f"{self.path}: destinations"
-        return _entry(name, _expanded(self.destinations[name], f"{where}.{name}", self.environment), where)
+        """The destination of this name. Raises PropensityError with those that there are, or with all that is wrong."""
+        given, wrong = self._given("destinations", name)
+        place = ("destinations", name)
+        kind = given.get("kind")
+        if not isinstance(kind, str) or kind not in KINDS:
+            wrong.append(((*place, "kind"), f"{'is no kind' if kind else 'is missing'}{nearest(str(kind), KINDS)}"))
+        ours = {key: value for key, value in given.items() if key in Sending.model_fields}
+        theirs = {key: value for key, value in given.items() if key != "kind" and key not in ours}
+        try:
+            sending = Sending.model_validate(ours)
+        except ValidationError as error:
+            wrong += problems(place, error)
+        if wrong:
+            raise refused(self.document, wrong)
+        return Entry(name, str(kind), sending, theirs, self.document)
 
     def trigger(self, name: str) -> Mapping[str, Any]:
         """The options of the trigger of this name. Raises PropensityError with those that there are."""
-        if name not in self.triggers:
-            raise PropensityError(f"{self.path}: no trigger {name!r}; it has {', '.join(self.triggers) or 'none'}")
-        expanded: Mapping[str, Any] = _expanded(self.triggers[name], f"{self.path}: triggers.{name}", self.environment)
-        return expanded
+        given, wrong = self._given("triggers", name)
+        if wrong:
+            raise refused(self.document, wrong)
+        return given
+
+    def _given(self, key: str, name: str) -> tuple[Mapping[str, Any], list[Problem]]:
+        """What is written below a name with every ${NAME} replaced, and the variables that are not set."""
+        every: Mapping[str, Mapping[str, Any]] = getattr(self, key)
+        if name not in every:
+            known = ", ".join(every) or "none"
+            raise PropensityError(f"{self.document.name}: no {key.removesuffix('s')} {name!r}; it has {known}")
+        wrong: list[Problem] = []
+        return _expanded(every[name], (key, name), self.environment, wrong), wrong
 
 
 def load(path: Path) -> File:
     """Read the file. Raises PropensityError that says what to write; no text of the environment is in it."""
-    try:
-        document = yaml.safe_load(path.read_text("utf-8"))
-    except OSError as error:
-        raise PropensityError(
-            f"{path}: {error.strerror}; name the file of destinations with --destinations FILE, see docs/sync.md"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise PropensityError(f"{path}{line}: is no YAML: {getattr(error, 'problem', None) or error}") from None
-    return read(document, path, os.environ)
+    return _of(documents.load(path, _FILE), os.environ)
 
 
-def read(document: object, path: Path, environment: Mapping[str, str]) -> File:
-    """The same of a document that is read already."""
-    if not isinstance(document, Mapping) or set(document) - {"destinations", "triggers"}:
-        raise PropensityError(f"{path}: write the keys destinations and triggers at the top, each a mapping by name")
-    return File(_named(document, "destinations", path), _named(document, "triggers", path), path, environment)
+def read(text: str, name: str, environment: Mapping[str, str]) -> File:
+    """The same of YAML text; `name` stands before the line in messages."""
+    return _of(documents.read(text, name, _FILE), environment)
 
 
-def _named(document: Mapping[str, Any], key: str, path: Path) -> Mapping[str, Mapping[str, Any]]:
-    found = document.get(key) or {}
-    if not isinstance(found, Mapping):
-        raise PropensityError(f"{path}: {key} is no mapping; write a name, a colon, and its options below it")
-    for name, given in found.items():
-        if not isinstance(given, Mapping):
-            raise PropensityError(f"{path}: {key}.{name} is no mapping; write its options below it")
-    return {str(name): given for name, given in found.items()}
+def _of(document: Document, environment: Mapping[str, str]) -> File:
+    known = ("destinations", "triggers")
+    wrong: list[Problem] = [
+        ((key,), f"unknown key{nearest(key, known)}") for key in document.content if key not in known
+    ]
+    for key in known:
+        found = document.content.get(key) or {}
+        if not isinstance(found, Mapping):
+            wrong.append(((key,), "is no mapping; write a name, a colon, and its options below it"))
+            continue
+        for name, given in found.items():
+            if not isinstance(given, Mapping):
+                wrong.append(((key, name), "is no mapping; write its options below it"))
+    if wrong:
+        raise refused(document, wrong)
+    destinations, triggers = (document.content.get(key) or {} for key in known)
+    return File(destinations, triggers, document, environment)
 
 
-def _entry(name: str, given: Mapping[str, Any], where: str) -> Entry:
-    kind = given.get("kind")
-    if kind not in KINDS:
-        raise PropensityError(f"{where}.{name}.kind: write one of {', '.join(KINDS)}")
-    ours = {key: value for key, value in given.items() if key in Sending.model_fields}
-    theirs = {key: value for key, value in given.items() if key != "kind" and key not in ours}
-    try:
-        return Entry(name, str(kind), Sending.model_validate(ours), theirs, where)
-    except ValidationError as error:
-        raise PropensityError(told(f"{where}.{name}", error)) from None
-
-
-def _expanded(value: Any, where: str, environment: Mapping[str, str]) -> Any:
+def _expanded(value: Any, place: Place, environment: Mapping[str, str], wrong: list[Problem]) -> Any:
     """The value with every ${NAME} replaced; what is nothing but a reference is marked as coming from there."""
     if isinstance(value, Mapping):
-        return {str(key): _expanded(one, f"{where}.{key}", environment) for key, one in value.items()}
+        return {key: _expanded(one, (*place, key), environment, wrong) for key, one in value.items()}
     if isinstance(value, list):
-        return [_expanded(one, f"{where}.{place}", environment) for place, one in enumerate(value)]
+        return [_expanded(one, (*place, str(number)), environment, wrong) for number, one in enumerate(value)]
     if not isinstance(value, str):
         return value
-
-    def look_up(match: re.Match[str]) -> str:
-        if match[1] not in environment:
-            raise PropensityError(f"{where}: the environment variable {match[1]} is not set")
-        return environment[match[1]]
-
-    text = REFERENCE.sub(look_up, value)
+    unset = [name for name in REFERENCE.findall(value) if name not in environment]
+    wrong += [(place, f"the environment variable {name} is not set") for name in unset]
+    text = REFERENCE.sub(lambda match: environment.get(match[1], ""), value)
     return FromEnvironment(text) if REFERENCE.fullmatch(value) else text
 
 
-def told(where: str, error: ValidationError) -> str:
-    """What pydantic found wrong, without the values."""
-    return "; ".join(
-        f"{'.'.join([where, *map(str, item['loc'])])}: {item['msg'].removeprefix('Value error, ')}"
-        for item in error.errors(include_input=False, include_url=False, include_context=False)
-    )
+def problems(place: Place, error: ValidationError, known: Iterable[str] = ()) -> list[Problem]:
+    """What pydantic found wrong below a place, without the values; `known` are the keys that stand right below it."""
+    found: list[Problem] = []
+    for item in error.errors(include_input=False, include_url=False, include_context=False):
+        at = tuple(map(str, item["loc"]))
+        advice = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            advice = f"unknown key{nearest(at[-1], known if len(at) == 1 else ())}"
+        elif item["type"] == "missing":
+            advice = "is missing; add it"
+        found.append(((*place, *at), advice))
+    return found
+
+
+def refused(document: Document, wrong: Iterable[Problem]) -> PropensityError:
+    """The error that tells all problems of the file, each with its line."""
+    return PropensityError("\n".join(f"{document.where(place)}: {advice}" for place, advice in wrong))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import SecretStr
 
 from audiences import ledger as ledgers
@@ -197,8 +198,8 @@ def test_a_file_builds_it_with_the_secret_of_the_environment(kind: str, secret: 
 
 
 def entry(kind: str, options: dict[str, Any]) -> registry.Entry:
-    document = {"destinations": {"ours": {"kind": kind, **options}}}
-    return registry.read(document, Path("destinations.yaml"), {"SECRET": "s3cr3t"}).destination("ours")
+    text = yaml.safe_dump({"destinations": {"ours": {"kind": kind, **options}}})
+    return registry.read(text, "destinations.yaml", {"SECRET": "s3cr3t"}).destination("ours")
 
 
 async def fill(url: str, namespace: str, names: list[str]) -> None:

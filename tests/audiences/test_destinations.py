@@ -18,7 +18,6 @@ from typing import Any
 import fsspec
 import pyarrow.parquet as pq
 import pytest
-import yaml
 from pydantic import SecretStr, ValidationError
 
 from audiences import ledger as ledgers
@@ -311,7 +310,7 @@ def test_a_synchronised_file_has_who_is_wanted_and_is_written_after_a_kill_too(
 
 
 def read(text: str, **environment: str) -> registry.File:
-    return registry.read(yaml.safe_load(text), Path("destinations.yaml"), environment)
+    return registry.read(text, "destinations.yaml", environment)
 
 
 def test_destinations_are_built_from_the_file_with_secrets_from_the_environment() -> None:
@@ -334,17 +333,28 @@ def test_destinations_are_built_from_the_file_with_secrets_from_the_environment(
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("[]", "destinations.yaml: write the keys destinations and triggers at the top"),
-        ("destinations: [a]", "destinations.yaml: destinations is no mapping; write a name"),
-        ("destinations: {a: b}", "destinations.yaml: destinations.a is no mapping; write its options below it"),
-        ("destinations: {a: {kind: fax}}", "destinations.yaml: destinations.a.kind: write one of files, webhook, goo"),
+        ("[]", "destinations.yaml:1: is empty or no mapping; write the keys destinations and triggers at the top"),
+        ("destination: {}", "destinations.yaml:1: destination: unknown key; did you mean 'destinations'?"),
+        ("destinations: [a]", "destinations.yaml:1: destinations: is no mapping; write a name"),
+        ("destinations: {a: b}", "destinations.yaml:1: destinations.a: is no mapping; write its options below it"),
+        (
+            "destinations: {a: {url: b}}",
+            "destinations.yaml:1: destinations.a.kind: is missing; write one of files, web",
+        ),
+        ("destinations: {a: {kind: [b]}}", "destinations.yaml:1: destinations.a.kind: is no kind; write one of files"),
+        ("destinations: {a: {kind: fax}}", "destinations.yaml:1: destinations.a.kind: is no kind; write one of files"),
+        (
+            "destinations:\n  a: {\n    kind: file}",
+            "destinations.yaml:3: destinations.a.kind: is no kind; did you mean",
+        ),
+        ("destinations:\n  a: {kind: meta}\n  a: {kind: files}", "destinations.yaml:3: 'a' is written twice; keep one"),
         (
             "destinations: {a: {kind: files, patience_s: x}}",
-            "destinations.yaml: destinations.a.patience_s: Input should",
+            "destinations.yaml:1: destinations.a.patience_s: Input should",
         ),
         (
             "destinations: {a: {kind: files, url: '${NONE}'}}",
-            "destinations.yaml: destinations.a.url: the environment v",
+            "destinations.yaml:1: destinations.a.url: the environment v",
         ),
     ],
 )
@@ -352,6 +362,46 @@ def test_what_is_wrong_with_the_file_is_said_with_its_place(text: str, said: str
     with pytest.raises(PropensityError) as error:
         read(text).destination("a")
     assert str(error.value).startswith(said)
+
+
+def test_all_that_is_wrong_with_a_destination_is_said_at_once() -> None:
+    text = """destinations:
+  a:
+    kind: webhok
+    url: https://${HOST}/${PATH}
+    patience_s: -1
+"""
+    with pytest.raises(PropensityError) as error:
+        read(text).destination("a")
+    assert str(error.value).splitlines() == [
+        "destinations.yaml:4: destinations.a.url: the environment variable HOST is not set",
+        "destinations.yaml:4: destinations.a.url: the environment variable PATH is not set",
+        "destinations.yaml:3: destinations.a.kind: is no kind; did you mean 'webhook'?",
+        "destinations.yaml:5: destinations.a.patience_s: Input should be greater than 0",
+    ]
+    text = """destinations:
+  a:
+    kind: files
+    urll: lists
+    format: xml
+    pateince_s: 3
+"""
+    with pytest.raises(PropensityError) as error:
+        read(text).destination("a").build()
+    assert str(error.value).splitlines() == [
+        "destinations.yaml:2: destinations.a.url: is missing; add it",
+        "destinations.yaml:2: destinations.a.purpose: is missing; add it",
+        "destinations.yaml:5: destinations.a.format: Input should be 'parquet', 'csv' or 'ndjson'",
+        "destinations.yaml:4: destinations.a.urll: unknown key; did you mean 'url'?",
+        "destinations.yaml:6: destinations.a.pateince_s: unknown key; did you mean 'patience_s'?",
+    ]
+
+
+def test_what_is_wrong_with_a_trigger_is_said_with_its_place() -> None:
+    file = read("triggers:\n  sales:\n    url: https://x.example\n    secret: '${S}'\n    event: [a]\n", S=SECRET)
+    with pytest.raises(PropensityError) as error:
+        triggers.load(file)
+    assert str(error.value) == "destinations.yaml:5: triggers.sales.event: unknown key; did you mean 'events'?"
 
 
 def test_one_destination_or_trigger_needs_no_secrets_of_the_others() -> None:
@@ -376,7 +426,7 @@ def test_a_secret_in_the_file_is_refused_and_not_repeated() -> None:
     file = read("destinations: {a: {kind: webhook, url: 'https://x.example', secret: whsec_abc, purpose: ads}}")
     with pytest.raises(PropensityError) as error:
         file.destination("a").build()
-    assert str(error.value).startswith("destinations.yaml: destinations.a.secret: write ${NAME}, the name of an")
+    assert str(error.value).startswith("destinations.yaml:1: destinations.a.secret: write ${NAME}, the name of an")
     assert "whsec_abc" not in str(error.value)
 
 
@@ -384,7 +434,7 @@ def test_an_unknown_destination_is_told_with_those_that_there_are() -> None:
     file = read("destinations: {a: {kind: files}, b: {kind: files}}")
     with pytest.raises(PropensityError, match="no destination 'c'; it has a, b"):
         file.destination("c")
-    with pytest.raises(PropensityError, match="none.yaml: No such file or directory; name the file of destinations"):
+    with pytest.raises(PropensityError, match="none.yaml: no such file; name the file of destinations"):
         registry.load(Path("none.yaml"))
 
 
@@ -396,9 +446,8 @@ class Blocked:
         if name.partition(".")[0] in ("hubspot", "fsspec", "facebook_business", "google", "klaviyo_api"):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Blocked())
-from pathlib import Path
 from audiences.destinations import registry
-file = registry.read({"destinations": {"a": {"kind": "files"}}}, Path("d.yaml"), {})
+file = registry.read("destinations: {a: {kind: files}}", "d.yaml", {})
 try:
     file.destination("a").build()
 except Exception as error:
@@ -406,6 +455,6 @@ except Exception as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout == (
-        "PropensityError d.yaml: destinations.a: the kind files needs fsspec, which is not installed; "
+        "PropensityError d.yaml:1: destinations.a: the kind files needs fsspec, which is not installed; "
         "install it with pip install 'propensity[audiences]'\n"
     ), done.stderr

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from google.ads.googleads.v26.enums.types.offline_user_data_job_type import OfflineUserDataJobTypeEnum
 from google.ads.googleads.v26.enums.types.user_list_membership_status import UserListMembershipStatusEnum
 from grpc import StatusCode as Code
@@ -436,7 +437,7 @@ def test_without_the_extra_the_error_names_it(stub: GoogleStub, monkeypatch: pyt
         build("google", options(stub))
 
 
-def test_the_file_of_destinations_builds_it(stub: GoogleStub, tmp_path: Path) -> None:
+def test_the_file_of_destinations_builds_it(stub: GoogleStub) -> None:
     document = {
         "destinations": {
             "search": {
@@ -457,17 +458,17 @@ def test_the_file_of_destinations_builds_it(stub: GoogleStub, tmp_path: Path) ->
         "CLIENT_SECRET": stub.client_secret,
         "REFRESH_TOKEN": stub.refresh_token,
     }
-    built = registry.read(document, tmp_path / "destinations.yaml", environment).destination("search").build()
+    built = registry.read(yaml.safe_dump(document), "destinations.yaml", environment).destination("search").build()
     own: Destination = build("search", options(stub))  # as mypy sees it, too
     assert (built.name, built.forms) == (own.name, own.forms)
     assert built.open("champions") == stub.list_named("Propensity champions")
 
 
-def test_the_page_describes_every_option_with_its_default_and_its_example_is_one(tmp_path: Path) -> None:
+def test_the_page_describes_every_option_with_its_default_and_its_example_is_one() -> None:
     assert documented.options("google-ads.md") == documented.defaults(Options)
     (example,) = documented.examples("google-ads.md")
     names = ("GOOGLE_ADS_DEVELOPER_TOKEN", "GOOGLE_ADS_CLIENT_SECRET", "GOOGLE_ADS_REFRESH_TOKEN")
-    entry = registry.read(example, tmp_path, dict.fromkeys(names, "x")).destination("search")
+    entry = registry.read(example, "destinations.yaml", dict.fromkeys(names, "x")).destination("search")
     Options.model_validate(dict(entry.options))
 
 

@@ -7,10 +7,10 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from facebook_business.adobjects.adaccount import AdAccount
 from facebook_business.adobjects.customaudience import CustomAudience
 from pydantic import SecretStr, ValidationError
@@ -363,7 +363,7 @@ def test_without_the_extra_the_error_names_it(stub: MetaStub, monkeypatch: pytes
         build("meta", options(stub))
 
 
-def test_the_file_of_destinations_builds_it(stub: MetaStub, tmp_path: Path) -> None:
+def test_the_file_of_destinations_builds_it(stub: MetaStub) -> None:
     document = {
         "destinations": {
             "social": {
@@ -376,17 +376,17 @@ def test_the_file_of_destinations_builds_it(stub: MetaStub, tmp_path: Path) -> N
         }
     }
     environment = {"META_TOKEN": stub.access_token, "META_SECRET": str(stub.app_secret)}
-    built = registry.read(document, tmp_path / "destinations.yaml", environment).destination("social").build()
+    built = registry.read(yaml.safe_dump(document), "destinations.yaml", environment).destination("social").build()
     own: Destination = build("social", options(stub))  # as mypy sees it, too
     assert (built.name, built.forms) == (own.name, own.forms)
     assert built.open("champions") == stub.named("Propensity champions")
 
 
-def test_the_page_describes_every_option_with_its_default_and_its_example_is_one(tmp_path: Path) -> None:
+def test_the_page_describes_every_option_with_its_default_and_its_example_is_one() -> None:
     assert documented.options("meta.md") == documented.defaults(Options)
     (example,) = documented.examples("meta.md")
     names = ("META_ACCESS_TOKEN", "META_APP_SECRET")
-    entry = registry.read(example, tmp_path, dict.fromkeys(names, "x")).destination("social")
+    entry = registry.read(example, "destinations.yaml", dict.fromkeys(names, "x")).destination("social")
     Options.model_validate(dict(entry.options))
 
 

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from audiences import definitions, population, preview, refresh, sent, sync
 from audiences import ledger as ledgers
+from audiences.destinations import registry
 from audiences.destinations.registry import Entry, Sending
 from audiences.ledger import Ledger
 from audiences.live import Live
@@ -59,7 +61,9 @@ class Case:
             raise PropensityError(f"no destination {name}")
         options: dict[str, Any] = {"url": str(self.directory / name), "purpose": "ads", "changes": False}
         fields = ("segment", "model") if name == "ours" else ("propensity",)
-        return Entry(name, "files", Sending(), {**options, "fields": fields, "format": "ndjson"}, "test")
+        given = {"kind": "files", **options, "fields": list(fields), "format": "ndjson"}
+        text = yaml.safe_dump({"destinations": {name: given}})
+        return registry.read(text, "destinations.yaml", {}).destination(name)
 
     def refresh(self) -> None:
         now_ms = refresh.moment(self.snapshots)

@@ -223,7 +223,7 @@ def test_exit_codes_tell_refusals_other_runs_and_mistakes(run: Run, world: World
         (("sync", "--to", "theirs"), "destinations.yaml: no destination 'theirs'; it has ours"),
         (("sync", "third", "--to", "ours"), "no audience 'third'; there is first, second"),
         (("sync", "--to", "ours", "--ledger", "mysql://x"), "the ledger's address is neither SQLite nor PostgreSQL"),
-        (("sync", "--to", "ours", "--destinations", "none.yaml"), "none.yaml: No such file or directory; name the"),
+        (("sync", "--to", "ours", "--destinations", "none.yaml"), "none.yaml: no such file; name the"),
         (("triggers", "run"), "destinations.yaml: no triggers; write triggers: NAME:"),
     ]:
         done = run(*arguments)
