@@ -47,6 +47,8 @@ MOST_VISITORS: Final = 10**9
 MOST_SHOWN: Final = 64
 MOST_OF_FEATURE: Final = 3.4028234e38
 
+MEANT: Final = {"at_most": "below"}  # where spelling alone would suggest at_least, which is the opposite
+
 Problem = tuple[Place, str]
 
 
@@ -556,7 +558,9 @@ def _told(error: ValidationError) -> Iterator[Problem]:
 
 def _advice(item: Any) -> str:
     if item["type"] == "extra_forbidden":
-        return f"unknown key{nearest(str(item['loc'][-1]), _known_keys(item['loc'][:-1]))}"
+        key, known = str(item["loc"][-1]), _known_keys(item["loc"][:-1])
+        word = MEANT[key] if MEANT.get(key) in known else key
+        return f"unknown key{nearest(word, known)}"
     if item["type"] == "missing":
         return "is missing; add it"
     if item["type"] in ("model_type", "model_attributes_type", "dict_type"):

@@ -94,6 +94,10 @@ def test_a_budget_pays_for_whole_contacts() -> None:
         ("audiences: {A: {}}", "1: audiences.A: 'A' is no name; write lower-case letters, digits, _ and -, 56 at"),
         ("audiences:\n  a:\n    segmnt: champions", "3: audiences.a.segmnt: unknown key; did you mean 'segment'?"),
         ("defaults: {mrgin: 1}\naudiences: {a: {}}", "1: defaults.mrgin: unknown key; did you mean 'margin'?"),
+        (
+            "audiences: {a: {scores: {m: {at_most: 0.5}}}}",
+            "1: audiences.a.scores.m.at_most: unknown key; did you mean 'below'?",
+        ),
         ("audiences: {a: {where: {f: {belw: 1}}}}", "1: audiences.a.where.f.belw: unknown key; did you mean 'below'?"),
         ("audiences: {a: {segment: champion}}", "1: audiences.a.segment: no segment 'champion'; did you mean"),
         ("audiences: {a: {segment: champions}}", "1: audiences.a.segment: of which model? Write model: NAME here"),
