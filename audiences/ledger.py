@@ -375,6 +375,12 @@ class Ledger:
             own = (leases.c.name == name) & (leases.c.holder == holder)
             connection.execute(leases.update().where(own).values(holder="", until_ms=0))
 
+    def holders(self, now_ms: int) -> dict[str, str]:
+        """Who holds which lease, by its name. A process of this machine that is no more holds none."""
+        with self.reading.connect() as connection:
+            held = sa.select(leases.c.name, leases.c.holder).where(leases.c.until_ms > self._clock(connection, now_ms))
+            return {name: holder for name, holder in connection.execute(held) if not is_gone(holder)}
+
     # --- runs and lists ---
 
     def begin(self, destination: str, audience: str | None, holder: str, now_ms: int) -> int:
@@ -397,7 +403,7 @@ class Ledger:
 
     def copies(self, audience: str) -> list[Copy]:
         """What destinations have of an audience, by destination."""
-        held = (members.c.list == lists.c.id) & (members.c.identifiers != packed({}))
+        held = (members.c.list == lists.c.id) & is_held()
         found = sa.select(lists.c.destination, lists.c.synced_ms, sa.func.count(members.c.key))
         found = found.select_from(lists.outerjoin(members, held)).where(lists.c.audience == audience)
         with self.reading.connect() as connection:
@@ -681,6 +687,16 @@ class Ledger:
     def engine(self) -> sa.Engine:
         """The database, for `triggers`, which keeps its own tables there."""
         return self._engine
+
+
+def is_held() -> sa.ColumnElement[bool]:
+    """Which members the platform may have."""
+    return members.c.identifiers != packed({})
+
+
+def is_refused() -> sa.ColumnElement[bool]:
+    """Which members the platform did not take, or did not remove."""
+    return members.c.refused.is_not(None) | members.c.answer.is_not(None)
 
 
 def joined(one: Identifiers, other: Identifiers) -> Identifiers:

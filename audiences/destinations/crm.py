@@ -12,12 +12,13 @@ from typing import Any, Final, Protocol
 
 import urllib3
 
-from audiences.destinations.protocol import Busy, Outcome, Rejected
+from audiences.destinations.protocol import Busy, Outcome, Person, Rejected
 
 FORM: Final = "external_id"
 LISTS: Final = "propensity_lists"  # the property with the lists of ours that a record is on
 TOLD: Final = 200  # characters of a platform's words
 CONNECT_S: Final = 10.0
+NOBODY: Final = Person("0" * 64, {FORM: ("propensity-asks-for-nobody",)})  # whom to look for where nobody is meant
 
 
 class Record(Protocol):

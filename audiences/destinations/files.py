@@ -27,7 +27,7 @@ from pydantic import Field
 
 from audiences.destinations.options import Kept
 from audiences.destinations.options import Options as Base
-from audiences.destinations.protocol import KEY, Busy, Limits, Outcome, Person, Purpose, Rejected
+from audiences.destinations.protocol import KEY, Busy, DestinationError, Limits, Outcome, Person, Purpose, Rejected
 from audiences.destinations.webhook import FORMS
 from service.core.errors import PropensityError
 
@@ -91,6 +91,21 @@ class Files:
         with _told():
             self._write(f"{self._root}/{list_id}.{self._options.format}", map(self._row, people), ())
             self._prune(f"{self._root}/changes/{list_id}")
+
+    def check(self) -> str:
+        """Write a file of this moment into the directory, and remove it."""
+        path = f"{self._root}/.propensity-{uuid.uuid4().hex}"
+        try:
+            with _told():
+                with self._whole(path) as file:
+                    file.write(b"A check whether files can be written here.\n")
+                self._files.rm_file(path)
+        except Exception as error:
+            if isinstance(error, DestinationError):
+                raise
+            # Libraries of fsspec have errors of their own for credentials that they do not find.
+            raise Rejected(f"{type(error).__name__}: {error}") from error
+        return f"a file was written to {self._files.unstrip_protocol(self._root)}, and removed"
 
     def _changed(self, operation: str, list_id: str, people: Sequence[Person], batch: str) -> Sequence[Outcome]:
         if not self._options.changes:

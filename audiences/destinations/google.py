@@ -224,6 +224,12 @@ class GoogleAds:
         found = [jobs.get(int(match[1])) if (match := JOB.match(answer)) else None for answer in answers]
         return [job.outcome if job and job.is_over else None for job in found]
 
+    def check(self) -> str:
+        """Ask for the account's name."""
+        for row in self._search("SELECT customer.id, customer.descriptive_name FROM customer"):
+            return f"Google Ads shows the account {row.customer.id}, {row.customer.descriptive_name!r}"
+        raise Rejected(f"Google Ads shows no account {self._options.customer_id}")
+
     # --- lists ---
 
     def _found(self, name: str) -> str | None:

@@ -20,7 +20,7 @@ from hubspot.crm.objects import tasks
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from audiences.destinations import options
-from audiences.destinations.crm import FORM, LISTS, TOLD, Client, added, after_s, property_of, removed
+from audiences.destinations.crm import FORM, LISTS, NOBODY, TOLD, Client, added, after_s, property_of, removed
 from audiences.destinations.protocol import Busy, Limits, Outcome, Person, Purpose, Rejected
 from service.core.segments import SEGMENTS
 
@@ -173,6 +173,13 @@ class HubSpot:
         refused = self._write({id: self._left(contact, list_id) for id, contact in leaving.items()})
         return [removed("contact", _of(person, found), refused) for person in people]
 
+    def check(self) -> str:
+        """Read what a synchronisation reads first: the property that tells contacts apart, a list, and contacts."""
+        self._require_ids()
+        self._list(self._given.prefix)
+        self._read([NOBODY])
+        return f"HubSpot shows contacts by {self._given.id_property}, and lists"
+
     # --- contacts ---
 
     def _read(self, people: Sequence[Person]) -> dict[str, Contact]:
@@ -322,6 +329,14 @@ class HubSpot:
         """Once in a process, make the properties that are missing: options may say more than when a list was made."""
         if self._prepared:
             return
+        self._require_ids()
+        for name in self._ours():
+            self._ensure("contacts", name, "number" if name in NUMBERS else "string")
+        if self._given.task:
+            self._ensure("tasks", KEY, "string", unique=True)
+        self._prepared = True
+
+    def _require_ids(self) -> None:
         unique = self._property("contacts", self._given.id_property)
         if unique is None or not unique.has_unique_value:
             raise Rejected(
@@ -329,11 +344,6 @@ class HubSpot:
                 "(Settings, Properties, 'Require unique values') and fill it with your user ids, "
                 "or name the one that you have as id_property"
             )
-        for name in self._ours():
-            self._ensure("contacts", name, "number" if name in NUMBERS else "string")
-        if self._given.task:
-            self._ensure("tasks", KEY, "string", unique=True)
-        self._prepared = True
 
     def _ensure(self, kind: str, name: str, type: str, unique: bool = False) -> None:  # noqa: A002
         found = self._property(kind, name)

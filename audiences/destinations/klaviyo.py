@@ -22,7 +22,7 @@ from openapi_client.rest import RESTClientObject
 from pydantic import Field
 
 from audiences.destinations import options
-from audiences.destinations.crm import FORM, LISTS, TOLD, Client, added, after_s, property_of, removed
+from audiences.destinations.crm import FORM, LISTS, NOBODY, TOLD, Client, added, after_s, property_of, removed
 from audiences.destinations.protocol import Busy, Limits, Outcome, Person, Purpose, Rejected
 
 MEMBERS: Final = 1000  # "Add Profiles to List", "Remove Profiles from List": profiles a request
@@ -86,9 +86,7 @@ class Klaviyo:
     def open(self, audience: str) -> str:
         """The id of the audience's list: the oldest of its name, else a new one."""
         name = f"{self._given.prefix}{audience}"
-        wanted = f"equals(name,{json.dumps(name, ensure_ascii=False)})"
-        found = self._ask("looking for a list", self._lists.get_lists, filter=wanted, sort="created")["data"]
-        if found:
+        if found := self._named(name):
             return str(found[0]["id"])
         new = {"data": {"type": "list", "attributes": {"name": name}}}
         return str(self._ask("making a list", self._lists.create_list, new)["data"]["id"])
@@ -115,6 +113,16 @@ class Klaviyo:
         self._change("taking off a list", self._lists.remove_profiles_from_list, list_id, leaving, missing=True)
         refused = self._import([self._left(profile, profile.lists - {list_id}) for profile in leaving.values()])
         return [removed("profile", _of(person, found), refused) for person in people]
+
+    def check(self) -> str:
+        """Read what a synchronisation reads first: a list, and profiles."""
+        self._named(self._given.prefix)
+        self._read([NOBODY])
+        return "Klaviyo shows lists and profiles"
+
+    def _named(self, name: str) -> Any:
+        wanted = f"equals(name,{json.dumps(name, ensure_ascii=False)})"
+        return self._ask("looking for a list", self._lists.get_lists, filter=wanted, sort="created")["data"]
 
     # --- profiles ---
 

@@ -141,6 +141,14 @@ class Meta:
         """Take off the list whom Meta finds by one of the hashes."""
         return self._upload(list_id, people, removing=True)
 
+    def check(self) -> str:
+        """Ask for the ad account's name."""
+        from facebook_business.adobjects.adaccount import AdAccount
+
+        with _told():
+            account = AdAccount(f"act_{self._options.ad_account_id}", api=self._api).api_get(fields=["name"])
+        return f"Meta shows the ad account {self._options.ad_account_id}, {account.get('name')!r}"
+
     # --- requests ---
 
     def _upload(self, list_id: str, people: Sequence[Person], *, removing: bool) -> list[Outcome]:

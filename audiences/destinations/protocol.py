@@ -105,6 +105,13 @@ class Forgets(Protocol):
     keeps_ms: int
 
 
+class Checks(Protocol):
+    """What a destination is as well that can be asked whether it lets us in, without sending anybody."""
+
+    def check(self) -> str:
+        """What answered, in a few words. Raises as a request does, and the words of the platform are the error's."""
+
+
 class DestinationError(PropensityError):
     """A request that a platform did not carry out."""
 

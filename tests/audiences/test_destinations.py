@@ -306,6 +306,29 @@ def test_a_synchronised_file_has_who_is_wanted_and_is_written_after_a_kill_too(
         assert _ndjson(tmp_path / "lists" / "vip.ndjson") == []
 
 
+def test_a_check_of_files_writes_one_and_leaves_nothing(tmp_path: Path) -> None:
+    kept = files.build("lists", files.Options(url=str(tmp_path / "lists"), purpose=Purpose.CRM))
+    assert kept.check() == f"a file was written to file://{tmp_path / 'lists'}, and removed"
+    assert list((tmp_path / "lists").iterdir()) == []
+    memory = files.build("lists", files.Options(url="memory://checked", purpose=Purpose.CRM))
+    assert memory.check() == "a file was written to memory:///checked, and removed"
+    assert fsspec.filesystem("memory").find("/checked") == []
+
+
+def test_a_check_of_files_fails_where_none_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "taken").write_text("is no directory")
+    with pytest.raises(Rejected, match="taken"):
+        files.build("lists", files.Options(url=str(tmp_path / "taken" / "lists"), purpose=Purpose.CRM)).check()
+    own = files.build("lists", files.Options(url="memory://checked", purpose=Purpose.CRM))
+
+    def lost(*_: object, **__: object) -> None:
+        raise LookupError("no credentials")
+
+    monkeypatch.setattr(own._files, "open", lost)
+    with pytest.raises(Rejected, match="LookupError: no credentials"):
+        own.check()
+
+
 # --- the file of destinations ---
 
 

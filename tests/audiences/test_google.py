@@ -81,6 +81,28 @@ def ads(stub: GoogleStub) -> GoogleAds:
     return build("google", options(stub))
 
 
+# --- a check ---
+
+
+def test_a_check_names_the_account_and_makes_nothing(stub: GoogleStub, ads: GoogleAds) -> None:
+    assert ads.check() == "Google Ads shows the account 1234567890, 'Our shop'"
+    assert stub.calls == ["Search"]
+
+
+def test_a_check_tells_credentials_that_are_wrong(stub: GoogleStub) -> None:
+    with pytest.raises(Rejected, match="gives no access token: invalid_grant"):
+        build("google", options(stub, refresh_token=SecretStr("revoked"))).check()
+    with pytest.raises(Rejected, match="DEVELOPER_TOKEN_INVALID"):
+        build("google", options(stub, developer_token=SecretStr("of another"))).check()
+    with pytest.raises(Rejected, match="USER_PERMISSION_DENIED"):
+        build("google", options(stub, customer_id="111-111-1111")).check()
+    assert [one.partition(":")[0] for one in stub.broken] == [
+        "authentication_error.DEVELOPER_TOKEN_INVALID",
+        "authorization_error.USER_PERMISSION_DENIED",
+    ]
+    stub.broken.clear()
+
+
 # --- lists ---
 
 

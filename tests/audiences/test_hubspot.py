@@ -41,6 +41,34 @@ def crowd(account: stubs.HubSpot, n: int) -> tuple[list[Person], list[str]]:
     return [person(number) for number in range(n)], [account.contact(external_id=f"u{number}") for number in range(n)]
 
 
+def test_a_check_reads_and_makes_nothing(account: stubs.HubSpot) -> None:
+    account.contact(external_id="u1")
+    assert destination(account).check() == "HubSpot shows contacts by external_id, and lists"
+    assert [str(request) for request in account.requests] == [
+        "GET /crm/v3/properties/contacts/external_id",
+        "GET /crm/v3/lists/object-type-id/0-1/name/Propensity ",
+        "POST /crm/v3/objects/contacts/batch/read",
+    ]
+    assert (account.lists, len(account.properties["contacts"])) == ({}, 2)
+
+
+def test_a_check_tells_credentials_that_are_wrong(account: stubs.HubSpot) -> None:
+    with pytest.raises(Rejected, match="401 .*; is the token right?") as error:
+        destination(account, token="of-another").check()
+    assert "of-another" not in str(error.value)
+    account.refuse("batch/read", 403, {})
+    with pytest.raises(Rejected, match="403 .* scopes"):
+        destination(account).check()
+
+
+def test_a_check_tells_that_the_property_with_the_ids_is_missing() -> None:
+    with (
+        stubs.HubSpot(unique=None) as stub,
+        pytest.raises(Rejected, match="no property external_id with unique values"),
+    ):
+        destination(stub).check()
+
+
 def test_members_are_on_the_list_with_their_fields(account: stubs.HubSpot) -> None:
     hubspot, (people, ids) = destination(account), crowd(account, 100)
     champions = hubspot.open("champions")

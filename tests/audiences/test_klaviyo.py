@@ -51,6 +51,22 @@ def test_a_percentile_is_kept_on_profiles(account: stubs.Klaviyo) -> None:
     assert account.profiles[id]["properties"]["propensity_percentile"] == 87
 
 
+def test_a_check_reads_and_makes_nothing(account: stubs.Klaviyo) -> None:
+    account.profile("u1")
+    assert destination(account).check() == "Klaviyo shows lists and profiles"
+    assert [str(request) for request in account.requests] == ["GET /api/lists", "GET /api/profiles"]
+    assert account.lists == {}
+
+
+def test_a_check_tells_credentials_that_are_wrong(account: stubs.Klaviyo) -> None:
+    with pytest.raises(Rejected, match="401 .*; is api_key right?") as error:
+        destination(account, api_key="of-another").check()
+    assert "of-another" not in str(error.value)
+    account.refuse("/api/profiles", 403, {})
+    with pytest.raises(Rejected, match="403 .* scopes"):
+        destination(account).check()
+
+
 def test_members_are_on_the_list_with_their_fields(account: stubs.Klaviyo) -> None:
     klaviyo, (people, ids) = destination(account), crowd(account, 1000)
     champions = klaviyo.open("champions")

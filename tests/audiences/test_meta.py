@@ -70,6 +70,24 @@ def ads(stub: MetaStub) -> Meta:
     return build("meta", options(stub))
 
 
+# --- a check ---
+
+
+def test_a_check_names_the_ad_account_and_makes_nothing(stub: MetaStub, ads: Meta) -> None:
+    assert ads.check() == "Meta shows the ad account 1010, 'Our shop'"
+    assert stub.calls == ["GET act_1010"]
+
+
+def test_a_check_tells_credentials_that_are_wrong(stub: MetaStub) -> None:
+    with pytest.raises(Rejected, match="code 190") as error:
+        build("meta", options(stub, access_token=SecretStr("ran-out"))).check()
+    assert "ran-out" not in str(error.value)
+    with pytest.raises(Rejected, match="subcode 33"):
+        build("meta", options(stub, ad_account_id="2020")).check()
+    assert len(stub.broken) == 2
+    stub.broken.clear()
+
+
 # --- audiences ---
 
 

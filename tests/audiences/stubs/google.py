@@ -39,6 +39,7 @@ from google.ads.googleads.v26.enums.types.offline_user_data_job_type import Offl
 from google.ads.googleads.v26.enums.types.user_list_membership_status import UserListMembershipStatusEnum
 from google.ads.googleads.v26.enums.types.user_list_type import UserListTypeEnum
 from google.ads.googleads.v26.errors.types.errors import ErrorLocation, GoogleAdsError, GoogleAdsFailure
+from google.ads.googleads.v26.resources.types.customer import Customer
 from google.ads.googleads.v26.resources.types.offline_user_data_job import OfflineUserDataJob
 from google.ads.googleads.v26.resources.types.user_list import UserList
 from google.ads.googleads.v26.services.types import (
@@ -61,7 +62,11 @@ STATUS: Final = OfflineUserDataJobStatusEnum.OfflineUserDataJobStatus
 REASON: Final = OfflineUserDataJobFailureReasonEnum.OfflineUserDataJobFailureReason
 GRANTED: Final = ConsentStatusEnum.ConsentStatus.GRANTED
 DENIED: Final = ConsentStatusEnum.ConsentStatus.DENIED
-RESOURCES: Final[Mapping[str, type[Any]]] = {"user_list": UserList, "offline_user_data_job": OfflineUserDataJob}
+RESOURCES: Final[Mapping[str, type[Any]]] = {
+    "customer": Customer,
+    "user_list": UserList,
+    "offline_user_data_job": OfflineUserDataJob,
+}
 
 Identifier = tuple[str, str]  # the field of UserIdentifier, and the hash
 
@@ -479,6 +484,9 @@ class GoogleStub:
         return match[2], fields, conditions
 
     def _rows(self, resource: str) -> Iterator[Any]:
+        if resource == "customer":
+            yield Customer(id=int(self.customer_id), descriptive_name="Our shop")
+            return
         if resource == "user_list":
             yield from self.lists.values()
             return

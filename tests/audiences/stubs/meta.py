@@ -129,6 +129,8 @@ class MetaStub:
 
     def answer(self, method: str, parts: list[str], params: Mapping[str, str]) -> Any:
         match method, parts:
+            case "GET", [account] if account == f"act_{self.account}":
+                return self._shown(params)
             case "GET", [account, "customaudiences"] if account == f"act_{self.account}":
                 return self._listing(params)
             case "POST", [account, "customaudiences"] if account == f"act_{self.account}":
@@ -137,6 +139,13 @@ class MetaStub:
                 removing = method == "DELETE" or params.get("method", "").lower() == "delete"
                 return self._change(number, params, removing=removing)
         return self._break(f"Unsupported {method.lower()} request: {'/'.join(parts)}", INVALID, error_subcode=33)
+
+    def _shown(self, params: Mapping[str, str]) -> Any:
+        fields = params.get("fields", "id").split(",")
+        known = {"id": f"act_{self.account}", "name": "Our shop", "account_status": 1, "currency": "EUR"}
+        if unknown := set(fields) - set(known):
+            self._break(f"Tried accessing nonexisting field {sorted(unknown)}")
+        return {key: known[key] for key in {"id", *fields}}
 
     def _listing(self, params: Mapping[str, str]) -> Any:
         fields = params.get("fields", "id").split(",")
@@ -254,7 +263,7 @@ def serving(stub: MetaStub) -> Iterator[MetaStub]:
             query = dict(parse_qsl(url.query, keep_blank_values=True))
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
             params = query | dict(parse_qsl(body, keep_blank_values=True))
-            edge = f"{self.command} {url.path.rpartition('/')[2]}"
+            edge = f"{self.command} {url.path.rstrip('/').rpartition('/')[2]}"
             with stub._lock:
                 stub.calls.append(edge)
                 fault = stub.faults.popleft() if stub.faults and stub.faults[0].edge == edge else None
