@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from cli.audiences import definitions, exports, sync, triggers
+from cli.audiences import definitions, exports, status, sync, triggers
 
 group = typer.Typer(
     name="audiences",
@@ -26,6 +26,6 @@ def alone(context: typer.Context) -> None:
 
 def register(app: typer.Typer) -> None:
     """Add the group with all of its commands."""
-    for module in (definitions, sync, triggers, exports):
+    for module in (definitions, sync, status, triggers, exports):
         module.register(group)
     app.add_typer(group)

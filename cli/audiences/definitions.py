@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cli.audiences.sync import Destinations, LedgerUrl, address, console_of_results
+from cli.audiences.sync import Destinations, LedgerUrl, address, console_of_results, note_no_ledger
 from cli.installed import need
 from cli.progress import console, stages
 from service.core.errors import PropensityError
@@ -223,11 +223,7 @@ def _sent(found: Preview, destinations: Path, url: str | None) -> list[Sent]:
     where = address(url, settings)
     with ledgers.existing(where) as known, ledgers.opened("sqlite://") as nothing:
         if known is None and found.audience.destinations:
-            console.print(
-                f"[yellow]Note:[/] there is no ledger at {escape(ledgers.shown(where))}, so nothing is known to have "
-                "been sent; name one with --ledger, or begin one with propensity audiences sync",
-                soft_wrap=True,
-            )
+            note_no_ledger(where)
         with stages() as report, Live(settings) as live:
             wanted = sent.Foreseen(live, found.audience, found.chosen)
             entry = lambda name: registry.load(destinations).destination(name)  # noqa: E731
@@ -295,7 +291,8 @@ def _print_outcome(outcome: Outcome) -> None:
             table.add_column(segment, justify="right")
         table.add_row(*(f"{size:,}" for size in moved.sizes.values()))
         out.print(table)
-    table = Table(title=f"{len(outcome.audiences):,} audiences as of {iso(outcome.at_ms)}")
+    noun = "audience" if len(outcome.audiences) == 1 else "audiences"
+    table = Table(title=f"{len(outcome.audiences):,} {noun} as of {iso(outcome.at_ms)}")
     for heading in ("audience", "members", "held out", "entered", "left", "why they left"):
         table.add_column(heading, justify="left" if heading in ("audience", "why they left") else "right")
     for found in outcome.audiences:

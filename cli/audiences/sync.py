@@ -100,6 +100,18 @@ def address(given: str | None, settings: Settings) -> str:
     return given or settings.ledger_url or f"sqlite:///{settings.data_dir / 'ledger.db'}"
 
 
+def note_no_ledger(where: str) -> None:
+    """Say on stderr that there is none yet."""
+    from audiences.ledger import shown
+
+    console.print(
+        f"Note: there is no ledger at {shown(where)}, so nothing is known to have been sent; name one with --ledger, "
+        "or begin one with propensity audiences sync",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
 def told(error: BaseException, wait_s: float) -> None:
     """Say on stderr that something is tried again."""
     console.print(f"{error}; again in {wait_s:.1f} s", markup=False, soft_wrap=True)

@@ -13,10 +13,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
+from rich.console import Console
 
 from audiences import ledger as ledgers
+from audiences.status import Checked, Pile, Reason, State
+from audiences.status import Run as LastRun
 from audiences.sync import Counts
 from cli import main as command_line
+from cli.audiences import status as showing
 from cli.audiences.sync import _print
 from service import identity
 from service.embedded import EmbeddedServer
@@ -199,6 +203,101 @@ def test_a_destination_that_is_not_in_the_file_any_more_and_has_members_is_told(
     assert said.startswith("Note: ours still has members and is not in destinations.yaml, so nobody who withdraws is")
 
 
+def want_somebody_refused(world: World) -> None:
+    """Somebody whom the receiver does not take: it refuses keys that begin with f."""
+    while not any(key.startswith("f") for key in world.lists()["first"]):
+        one = world.new()
+        one.allowed, one.audiences = True, {"first"}
+        world.visitors.append(one)
+        world.write(one)
+
+
+# --- status ---
+
+
+def test_the_status_of_lists_and_runs_is_shown_without_ids_or_keys(run: Run, world: World, tmp_path: Path) -> None:
+    with Receiving() as receiver:
+        webhook = {"kind": "webhook", "url": receiver.url, "secret": "${HOOK}", "purpose": "ads"}
+        destinations(tmp_path, ours=webhook)
+        want_somebody_refused(world)
+        ledger = ("--ledger", f"sqlite:///{tmp_path / 'ledger.db'}")
+        assert run("sync", "--to", "ours", *ledger).status == 1
+        assert run("sync", "second", "--to", "ours", *ledger).status == 0
+    done = run("status", *ledger, "--json")
+    assert (done.status, done.err) == (0, "")
+    told = json.loads(done.out)
+    should = world.lists()
+    bad = sum(key.startswith("f") for key in should["first"])
+    states = {(one["destination"], one["audience"]): one for one in told["lists"]}
+    assert set(states) == {("ours", "first"), ("ours", "second")}
+    first = states["ours", "first"]
+    assert (first["has"], first["refused"]) == (len(should["first"]) - bad, bad)
+    assert first["reasons"] == [{"words": "of no use here", "members": bad}]
+    assert [(one["destination"], one["audience"]) for one in told["runs"]] == [("ours", "second"), ("ours", None)]
+    assert told["checks"] == []
+    table = run("status", *ledger)
+    assert (table.status, table.err) == (0, "")
+    for heading in ("What destinations have", "Why members are refused", "The last runs"):
+        assert heading in table.out
+    assert f"{len(should['first'])} of first sent" in table.out
+    for visitor in world.visitors:
+        assert visitor.name not in done.out + table.out
+        assert visitor.key not in done.out + table.out
+    assert "first" not in run("status", "second", "--to", "ours", *ledger).out.partition("The last runs")[0]
+    none = run("status", "third", "--to", "theirs", *ledger)
+    assert none == Done(0, "", "Note: the ledger has no list of third at theirs\n")
+
+
+def test_in_eighty_columns_nothing_of_a_status_is_cut(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = State(
+        destination="a_destination_with_a_long_name",
+        audience="an_audience_whose_name_is_as_long_as_it_may_be_56_letters",
+        has=1_234_567,
+        synced_ms=0,
+        refused=20_000,
+        reasons=[Reason("a reason " + 19 * "word " + "end", 20_000)],
+        unknown=Pile(3, 30_000),
+        working=Pile(12, 120_000),
+    )
+    last = LastRun(state.destination, state.audience, "process 77 of elsewhere", 0, None, None, False)
+    monkeypatch.setattr(showing, "console_of_results", lambda: Console(width=80))
+    showing._print([state], [last], [Checked(state.destination, False, "x" * 200)], 5 * 86_400_000)
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "…" not in out
+    assert all(whole in out for whole in ("1,234,567", "5 days ago", "20,000", "1970-01-01T00:00:00Z"))
+    assert sum(line.count("x") for line in out.splitlines() if line.startswith("│")) >= 200
+
+
+def test_where_there_is_no_ledger_a_status_says_so_and_makes_none(run: Run, tmp_path: Path) -> None:
+    done = run("status", "--ledger", f"sqlite:///{tmp_path / 'none.db'}")
+    assert (done.status, done.out) == (0, "")
+    assert done.err.startswith(f"Note: there is no ledger at sqlite:///{tmp_path / 'none.db'}, so nothing is known")
+    assert not (tmp_path / "none.db").exists()
+
+
+def test_a_check_asks_every_destination_and_fails_with_the_one_that_does_not_let_us_in(
+    run: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "taken").write_text("is no directory")
+    hook = {"kind": "webhook", "url": "https://hooks.example.com/", "secret": "${HOOK}", "purpose": "ads"}
+    destinations(tmp_path, hook=hook, good=lists(), bad=lists("taken/lists"), wrong={"kind": "filse"})
+    ledger = ("--ledger", f"sqlite:///{tmp_path / 'ledger.db'}")
+    done = run("status", "--check", "--json", *ledger)
+    assert done.status == 1
+    answers = {one["destination"]: one["works"] for one in json.loads(done.out)["checks"]}
+    assert answers == {"hook": None, "good": True, "bad": False, "wrong": False}
+    assert not (tmp_path / "ledger.db").exists()
+    assert run("status", "--check", "--to", "good", *ledger).status == 0
+    shown = run("status", "--check", "--to", "wrong", *ledger)
+    assert shown.status == 1
+    assert "did you mean 'files'?" in shown.out
+    (tmp_path / "destinations.yaml").write_text("triggers: {}")
+    assert "no destinations; write destinations: NAME:" in run("status", "--check", *ledger).err
+
+
 def hash_of(one: Visitor) -> str:
     return identity.hashed("google.email", one.email)
 
@@ -207,11 +306,7 @@ def test_exit_codes_tell_refusals_other_runs_and_mistakes(run: Run, world: World
     with Receiving() as receiver:
         webhook = {"kind": "webhook", "url": receiver.url, "secret": "${HOOK}", "purpose": "ads", "members": 50}
         destinations(tmp_path, ours=webhook)
-        while not any(key.startswith("f") for key in world.lists()["first"]):
-            one = world.new()
-            one.allowed, one.audiences = True, {"first"}
-            world.visitors.append(one)
-            world.write(one)
+        want_somebody_refused(world)
         url = f"sqlite:///{tmp_path / 'ledger.db'}"
         assert run("sync", "--to", "ours", "--ledger", url).status == 1
         with ledgers.opened(url) as ledger:

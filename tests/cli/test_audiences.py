@@ -89,7 +89,7 @@ def test_a_preview_a_refresh_and_a_list_agree(
     assert "20 (20.0% of 100 visitors)" in shown.out
     assert "20 enter, 0 leave; it had 0" in shown.out
     assert "there is no ledger at sqlite:///.propensity/ledger.db, so nothing is known to have been sent" in shown.err
-    assert "what would be sent to google is not known: destinations.yaml: No such file or directory" in shown.err
+    assert "what would be sent to google is not known: destinations.yaml: no such file" in shown.err
     assert not (tmp_path / ".propensity").exists()
     (tmp_path / "destinations.yaml").write_text("destinations: {google: {kind: files, url: lists, purpose: ads}}")
     assert (tmp_path / "best.png").read_bytes().startswith(b"\x89PNG")
@@ -120,7 +120,9 @@ def test_scores_are_read_from_an_object_store(
             part.rename(directory / part.name)
     options = ("--scores", url, "--artifacts", two_models)
     assert "20 enter, 0 leave; it had 0" in run("audiences", "preview", "best", *options).out
-    assert "100 new" in run("audiences", "refresh", *options).out
+    refreshed = run("audiences", "refresh", *options).out
+    assert "100 new" in refreshed
+    assert "1 audience as of 2026-09-21" in refreshed
     assert run("audiences", "export", "--bids", url, "--out", "bids.csv").status == 0
     told = run("audiences", "refresh", "--scores", f"{url}/none", "--artifacts", two_models).complaint
     assert told.startswith(f"{url}/none: holds no part-*.parquet; give ")
