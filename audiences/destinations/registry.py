@@ -126,7 +126,10 @@ class File(NamedTuple):
             known = ", ".join(every) or "none"
             raise PropensityError(f"{self.document.name}: no {key.removesuffix('s')} {name!r}; it has {known}")
         wrong: list[Problem] = []
-        return _expanded(every[name], (key, name), self.environment, wrong), wrong
+        try:
+            return _expanded(every[name], (key, name), self.environment, wrong), wrong
+        except RecursionError:  # of an alias that holds itself
+            raise refused(self.document, [((key, name), "is nested too deeply to be read")]) from None
 
 
 def load(path: Path) -> File:

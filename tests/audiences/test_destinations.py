@@ -370,6 +370,7 @@ def test_destinations_are_built_from_the_file_with_secrets_from_the_environment(
             "destinations:\n  a: {\n    kind: file}",
             "destinations.yaml:3: destinations.a.kind: is no kind; did you mean",
         ),
+        ("destinations: {a: &x {kind: files, more: *x}}", "destinations.yaml:1: destinations.a: is nested too deeply"),
         ("destinations:\n  a: {kind: meta}\n  a: {kind: files}", "destinations.yaml:3: 'a' is written twice; keep one"),
         (
             "destinations: {a: {kind: files, patience_s: x}}",
