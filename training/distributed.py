@@ -40,6 +40,8 @@ SLICES: Final = 4
 ROUNDS: Final = 100
 # Rows that the loss of each round is taken from.
 MOST_JUDGED: Final = 100_000
+# A worker's profiler looks at its thread a hundred times a second, for a dashboard that a cluster of our own has not.
+_UNWATCHED: Final = {"distributed.worker.profile.enabled": False}
 # What the trainer's own names are, so that its defaults do not stand beside the values.
 _NAMES: Final = {
     "min_data_in_leaf": "min_child_samples",
@@ -57,6 +59,7 @@ _NAMES: Final = {
 def connected(scheduler: str | None = None, processes: int | None = None) -> Iterator[Dask]:
     """The cluster of a scheduler; without its address one of so many processes of this machine."""
     try:
+        import dask
         from distributed import Client, LocalCluster
     except ModuleNotFoundError as error:
         raise PropensityError(
@@ -64,6 +67,7 @@ def connected(scheduler: str | None = None, processes: int | None = None) -> Ite
         ) from None
     with ExitStack() as stack:
         if scheduler is None:
+            stack.enter_context(dask.config.set(_UNWATCHED))
             cluster = stack.enter_context(
                 LocalCluster(
                     n_workers=processes or cores(),

@@ -56,6 +56,11 @@ def agree(prometheus: Prometheus, window: str, expected: Mapping[Any, float]) ->
     return set(found) == set(expected) and all(abs(found[at] - value) < 1e-6 for at, value in expected.items())
 
 
+def of_all(replicas: list[Exposition], counts: Counts, population: Mapping[Any, float]) -> bool:
+    """Whether the counts of all replicas are seen: the shares are the same as soon as those of one are."""
+    return all(population[at] > len(replicas) * own.sum() - 1e-3 for at, own in counts.items())
+
+
 def count_in(
     prometheus: Prometheus, replicas: list[Exposition], text: str, counts: Counts, expected: Mapping[Any, float]
 ) -> None:
@@ -72,9 +77,7 @@ def count_in(
 
     def is_seen() -> bool:
         population = prometheus.values("propensity:feature_population:1h", *FEATURE)
-        return agree(prometheus, "1h", expected) and all(
-            population[at] > len(replicas) * own.sum() - 1e-3 for at, own in counts.items()
-        )
+        return agree(prometheus, "1h", expected) and of_all(replicas, counts, population)
 
     wait_until(is_seen, 30)
 
@@ -165,12 +168,13 @@ def test_simulated_hours_have_the_numbers_and_the_verdicts_of_the_formulas_in_pr
         found: dict[str, dict[tuple[str, ...], float]] = {}
 
         def are_read() -> bool:
-            """Whether all rules have seen the last counts two seconds ago, by scrapes that came in time; keeps them."""
+            """Whether rules that read what other groups recorded have seen the last counts; keeps what all say."""
             moment_s = time.time() - 2
             for name in ("psi", "drift_threshold", "missing_share", "missing_threshold", "feature_population"):
                 found[name] = prometheus.values(f"propensity:{name}:1h", *FEATURE, at_s=moment_s)
-            return all(set(values) == set(counts) for values in found.values()) and found["psi"] == pytest.approx(
-                expected, abs=1e-6
+            before = prometheus.values("propensity:feature_population:1h", *FEATURE, at_s=moment_s - 2)
+            return all(set(values) == set(counts) for values in (before, *found.values())) and of_all(
+                replicas, counts, before
             )
 
         wait_until(are_read)
