@@ -33,7 +33,7 @@ from pydantic_core import PydanticCustomError
 
 from audiences.destinations.protocol import Purpose
 from files import documents
-from files.documents import Document, Kind, Place
+from files.documents import Document, Kind, Place, Problem
 from service.core import movement
 from service.core.errors import PropensityError
 from service.core.segments import SEGMENTS
@@ -48,8 +48,6 @@ MOST_SHOWN: Final = 64
 MOST_OF_FEATURE: Final = 3.4028234e38
 
 MEANT: Final = {"at_most": "below"}  # where spelling alone would suggest at_least, which is the opposite
-
-Problem = tuple[Place, str]
 
 
 class InvalidDefinitions(PropensityError):
@@ -543,7 +541,7 @@ def of(found: Document) -> Definitions:
     try:
         definitions = Definitions.model_validate(found.content)
     except ValidationError as error:
-        raise InvalidDefinitions("\n".join(f"{found.where(at)}: {advice}" for at, advice in _told(error))) from None
+        raise InvalidDefinitions(found.told(_told(error))) from None
     definitions._document = found
     return definitions
 

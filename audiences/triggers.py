@@ -147,7 +147,7 @@ def _options(file: registry.File, name: str) -> Options:
         return Options.model_validate(given)
     except ValidationError as error:
         wrong = registry.problems(("triggers", name), error, Options.model_fields)
-        raise registry.refused(file.document, wrong) from None
+        raise PropensityError(file.document.told(wrong)) from None
 
 
 class Trigger:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import yaml
 from service.core.errors import PropensityError
 
 Place = tuple[str, ...]
+Problem = tuple[Place, str]
 
 
 class _Loader(yaml.SafeLoader):
@@ -76,6 +78,10 @@ class Document:
             key, node = children[part]
             line = key.start_mark.line
         return f"{self.name}:{line + 1}: {'.'.join(place)}"
+
+    def told(self, problems: Iterable[Problem]) -> str:
+        """What is wrong, a line each, and where."""
+        return "\n".join(f"{self.where(place)}: {advice}" for place, advice in problems)
 
 
 def load(path: Path, kind: Kind) -> Document:

@@ -28,4 +28,4 @@ def _of(found: Document) -> FeatureSpec:
     try:
         return FeatureSpec.model_validate(found.content)
     except ValidationError as error:
-        raise InvalidSpec("\n".join(f"{found.where(place)}: {advice}" for place, advice in problems(error))) from None
+        raise InvalidSpec(found.told(problems(error))) from None

@@ -14,11 +14,11 @@ from typing import Any, Final, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from audiences.definitions import Problem, nearest
+from audiences.definitions import nearest
 from audiences.destinations.options import FromEnvironment
 from audiences.destinations.protocol import Destination
 from files import documents
-from files.documents import Document, Place
+from files.documents import Document, Place, Problem
 from service.core.errors import PropensityError
 
 _FILE: Final = documents.Kind(
@@ -79,7 +79,7 @@ class Entry(NamedTuple):
             options = module.Options.model_validate(dict(self.options))
         except ValidationError as error:
             known = [*module.Options.model_fields, *Sending.model_fields]
-            raise refused(self.document, problems(place, error, known)) from None
+            raise PropensityError(self.document.told(problems(place, error, known))) from None
         built: Destination = module.build(self.name, options)
         return built
 
@@ -109,14 +109,14 @@ class File(NamedTuple):
         except ValidationError as error:
             wrong += problems(place, error)
         if wrong:
-            raise refused(self.document, wrong)
+            raise PropensityError(self.document.told(wrong))
         return Entry(name, str(kind), sending, theirs, self.document)
 
     def trigger(self, name: str) -> Mapping[str, Any]:
         """The options of the trigger of this name. Raises PropensityError with those that there are."""
         given, wrong = self._given("triggers", name)
         if wrong:
-            raise refused(self.document, wrong)
+            raise PropensityError(self.document.told(wrong))
         return given
 
     def _given(self, key: str, name: str) -> tuple[Mapping[str, Any], list[Problem]]:
@@ -129,7 +129,7 @@ class File(NamedTuple):
         try:
             return _expanded(every[name], (key, name), self.environment, wrong), wrong
         except RecursionError:  # of an alias that holds itself
-            raise refused(self.document, [((key, name), "is nested too deeply to be read")]) from None
+            raise PropensityError(self.document.told([((key, name), "is nested too deeply to be read")])) from None
 
 
 def load(path: Path) -> File:
@@ -156,7 +156,7 @@ def _of(document: Document, environment: Mapping[str, str]) -> File:
             if not isinstance(given, Mapping):
                 wrong.append(((key, name), "is no mapping; write its options below it"))
     if wrong:
-        raise refused(document, wrong)
+        raise PropensityError(document.told(wrong))
     destinations, triggers = (document.content.get(key) or {} for key in known)
     return File(destinations, triggers, document, environment)
 
@@ -187,8 +187,3 @@ def problems(place: Place, error: ValidationError, known: Iterable[str] = ()) ->
             advice = "is missing; add it"
         found.append(((*place, *at), advice))
     return found
-
-
-def refused(document: Document, wrong: Iterable[Problem]) -> PropensityError:
-    """The error that tells all problems of the file, each with its line."""
-    return PropensityError("\n".join(f"{document.where(place)}: {advice}" for place, advice in wrong))
