@@ -28,6 +28,7 @@ from service.store import Store
 
 PAGE: Final = 2_000
 DIGITS: Final = 4  # of a score: a change beyond them is none that a CRM should be told of
+OF_SCORE: Final = frozenset({"propensity", "percentile"})  # fields that a score says
 
 
 class Live:
@@ -99,8 +100,15 @@ class Live:
             person = Person(key_of(visitor_id), one.identifiers if allowed else {}, own if allowed else {})
             yield Candidate(person, one.rules, allowed)
 
-    def percentile(self, model: str, score: float) -> int:
-        """Of a score by the version that is served, in whole percents: finer ones tremble. Raises InvalidBundle."""
+    def of_score(self, model: str, score: float, fields: Collection[str]) -> dict[str, str | float]:
+        """What those fields that are of a score say of it. Raises InvalidBundle."""
+        said: dict[str, str | float] = {"propensity": round(score, DIGITS)} if OF_SCORE & set(fields) else {}
+        if "percentile" in fields:
+            said["percentile"] = self._percentile(model, score)
+        return said
+
+    def _percentile(self, model: str, score: float) -> int:
+        """By the version that is served, in whole percents: finer ones tremble."""
         if model not in self._bundles:
             directory = self._settings.artifacts / model
             self._bundles[model] = bundle.load(directory / served_version(directory))
@@ -111,12 +119,10 @@ class Live:
     ) -> list[dict[str, str | float]]:
         found: list[dict[str, str | float]] = [{} for _ in ids]
         model = definition.get("model")
-        if model and {"propensity", "percentile"} & set(fields):
+        if model and OF_SCORE & set(fields):
             for own, score in zip(found, await self.propensities.of(model, ids), strict=True):
                 if score is not None:
-                    own["propensity"] = round(score, DIGITS)
-                    if "percentile" in fields:
-                        own["percentile"] = self.percentile(model, score)
+                    own |= self.of_score(model, score, fields)
         if model and "segment" in fields:
             for own, segment in zip(found, await self.propensities.segments(model, ids), strict=True):
                 if segment is not None:

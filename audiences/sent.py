@@ -17,7 +17,7 @@ from audiences.definitions import Audience
 from audiences.destinations.protocol import Purpose
 from audiences.destinations.registry import Entry
 from audiences.ledger import Copy, Ledger
-from audiences.live import DIGITS, PAGE, Live
+from audiences.live import PAGE, Live
 from audiences.sync import Counts
 from audiences.wanted import Candidate
 from service.core.errors import PropensityError
@@ -73,12 +73,8 @@ class Foreseen:
     def _fields(self, place: int, fields: Sequence[str]) -> dict[str, str | float]:
         found: dict[str, str | float] = {}
         propensity, segment, model = self._chosen.propensity, self._chosen.segment, self._audience.model
-        if propensity is not None and not np.isnan(propensity[place]):
-            score = float(propensity[place])
-            if {"propensity", "percentile"} & set(fields):
-                found["propensity"] = round(score, DIGITS)
-            if model is not None and "percentile" in fields:
-                found["percentile"] = self._live.percentile(model, score)
+        if model is not None and propensity is not None and not np.isnan(propensity[place]):
+            found |= self._live.of_score(model, float(propensity[place]), fields)
         if segment is not None and "segment" in fields and segment[place] >= 0:
             found["segment"] = SEGMENTS[segment[place]]
         if model is not None and "model" in fields:

@@ -545,7 +545,7 @@ class Store:
             # First who is joined into the owner, so that erasing it reaches them; then, in one step, the link itself.
             if (noted := await self._note_joined(anonymous, owner)) < 0:
                 return "refused"
-            settled = await self.settle(anonymous, now_ms) if linked else False
+            settled = await self.settle(anonymous, now_ms) if noted and linked else False
             old = linked.head if linked else b""
             done = await self._link(anonymous, old, joining.head(logins), settled=settled) if noted else 0
             if done < 0:
