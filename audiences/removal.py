@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Final, Protocol
 
+from audiences import refresh
 from audiences.definitions import CONTROL, Definitions, nearest
-from audiences.refresh import PAGE, Page, Report, is_control, is_kept, unnamed
+from audiences.refresh import PAGE, Report, is_control, is_kept, unnamed
 from service.core.errors import PropensityError
 
 REMOVED: Final = "removed"  # why everybody left
 
 
-class Lists(Protocol):
-    """Where members are kept; `service.members.Members` is one."""
-
-    async def page(self, audience: str, cursor: str | None, n: int) -> Page:
-        """Up to n members after a cursor."""
-
-    async def change(
-        self, audience: str, entered: Mapping[str, int], left: Sequence[str], at_ms: int, why: str
-    ) -> None:
-        """Let visitors enter and leave; the same again changes nothing."""
+class Lists(refresh.Lists, Protocol):
+    """The lists that are refreshed, whose definitions can be taken away."""
 
     async def undescribe(self, audience: str) -> None:
         """Say nothing any more of what an audience is."""

@@ -235,7 +235,7 @@ def dask(data: Path) -> bool:
     """One and two worker processes of one thread, over the same files, in turn; the median of some rounds counts."""
     print(f"\n{'--engine dask':28} {'seconds':>8}   reading, scoring")
     contents: set[tuple[int, int]] = set()
-    rounds = [_dask_round(data, contents) for _ in range(DASK_ROUNDS)]
+    rounds = [[_dask_seconds(data, workers, contents) for workers in (1, 2)] for _ in range(DASK_ROUNDS)]
     local = data / "scores-whole"
     if local.exists():
         contents.add(content(local))
@@ -244,11 +244,6 @@ def dask(data: Path) -> bool:
     print(f"  two workers are {speedup:.2f} times as fast as one, the median of {told}")
     print(f"  scores {'are the same to the bit' if len(contents) == 1 else 'DIFFER'}, those of one machine too")
     return speedup >= SPEEDUP and len(contents) == 1
-
-
-def _dask_round(data: Path, contents: set[tuple[int, int]]) -> tuple[float, float]:
-    one, two = (_dask_seconds(data, workers, contents) for workers in (1, 2))
-    return one, two
 
 
 def _dask_seconds(data: Path, workers: int, contents: set[tuple[int, int]]) -> float:
@@ -263,9 +258,8 @@ def _dask_seconds(data: Path, workers: int, contents: set[tuple[int, int]]) -> f
         def note(stage: str, share: float) -> None:
             stages[stage] = time.monotonic() - begun
 
-        batch.score(
-            [str(data / "whole" / "events.parquet")], model_of(data), AT_MS, str(out), batch.Options(), engine, note
-        )
+        files = [str(data / "whole" / "events.parquet")]
+        batch.score(files, model_of(data), AT_MS, out, batch.Options(), engine, note)
         seconds = time.monotonic() - begun
     contents.add(content(out))
     reading = stages["Reading events"]

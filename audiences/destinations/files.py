@@ -100,9 +100,9 @@ class Files:
                 with self._whole(path) as file:
                     file.write(b"A check whether files can be written here.\n")
                 self._files.rm_file(path)
+        except DestinationError:
+            raise
         except Exception as error:
-            if isinstance(error, DestinationError):
-                raise
             # Libraries of fsspec have errors of their own for credentials that they do not find.
             raise Rejected(f"{type(error).__name__}: {error}") from error
         return f"a file was written to {self._files.unstrip_protocol(self._root)}, and removed"
