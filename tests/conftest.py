@@ -28,6 +28,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from fastapi.testclient import TestClient
+from hypothesis import settings as hypothesis_settings
 from onnx import TensorProto, helper, numpy_helper
 
 from audiences.ledger import Ledger
@@ -40,6 +41,10 @@ from service.settings import Settings
 from service.store import Store
 
 pytest_plugins = ["tests.alone"]
+
+# The same examples in every run, however long one takes: what fails is what was changed.
+hypothesis_settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis_settings.load_profile("repeatable")
 
 DAY_MS = 86_400_000
 

@@ -410,8 +410,6 @@ def test_a_flipped_bit_anywhere_is_refused(sealed: Path, copy: Path, name: str) 
 
 @settings(
     max_examples=250,
-    deadline=None,
-    derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(st.data())

@@ -51,7 +51,7 @@ def test_a_record_of_the_layout_is_read_back_field_by_field() -> None:
     assert events.valid(events.from_bytes(blob)).all()
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @given(st.lists(fields, max_size=20))
 def test_one_record_packed_alone_is_the_same_record_of_an_array(rows: list[tuple[int, int, int, int, float]]) -> None:
     columns = zip(*rows, strict=True) if rows else ([] for _ in range(5))
@@ -89,7 +89,7 @@ def test_every_single_bit_flip_is_detected() -> None:
         assert not events.valid(events.from_bytes(b"".join(flipped))).any()
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @given(fields, st.integers(0, 191))
 def test_a_bit_flip_of_any_record_is_detected(event: tuple[int, int, int, int, float], bit: int) -> None:
     flipped = int.from_bytes(events.pack(*event), "little") ^ 1 << bit
@@ -104,7 +104,7 @@ def test_rubbish_passes_the_check_once_in_65536() -> None:
     assert not events.valid(events.from_bytes(b"\xff" * 24)).any()
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_judged_as_the_definition_says(blob: bytes) -> None:
     known = events.from_bytes(blob)
@@ -120,7 +120,7 @@ def test_a_torn_tail_is_left_out() -> None:
         assert events.valid(events.from_bytes(whole[: 24 + cut])).all()
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(st.lists(st.binary(max_size=80), max_size=5))
 def test_joined_blobs_are_the_whole_records_of_each_one_after_another(blobs: list[bytes]) -> None:
     joined, starts = events.join(blobs)
@@ -144,7 +144,7 @@ def test_records_that_do_not_lie_one_after_another_in_memory_can_be_checked() ->
     assert events.valid(made[::-1]).all()
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @given(uint32, numbers)
 def test_the_id_from_content_is_the_same_alone_and_in_an_array(attribute: int, value: float) -> None:
     (made,) = events.records([0], [1], [1], [attribute], [value])
@@ -179,7 +179,7 @@ def test_a_lone_surrogate_can_be_hashed() -> None:
     assert 0 < events.hash32("\ud800") < 2**32
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1, max_size=40))
 def test_the_hash_of_a_text_is_the_one_that_duckdb_computes(texts: list[str]) -> None:
     texts = [*texts, HASHES_TO_ZERO]
@@ -206,7 +206,7 @@ def test_the_canonical_order_is_row_time_kind_id_then_content() -> None:
     assert int(first.sum()) == len({key[:4] for key in keys})
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(
     st.lists(st.tuples(st.integers(0, 3), st.integers(1, 2), st.integers(0, 2), st.integers(0, 2), numbers)), st.data()
 )

@@ -206,7 +206,7 @@ def asked(draw: st.DrawFn) -> tuple[FeatureSpec, list[Visitor]]:
 # --- Against plain Python ---
 
 
-@settings(max_examples=350, deadline=None, derandomize=True)
+@settings(max_examples=350)
 @given(asked())
 def test_every_feature_equals_plain_python(case: tuple[FeatureSpec, list[Visitor]]) -> None:
     spec, rows = case
@@ -216,7 +216,7 @@ def test_every_feature_equals_plain_python(case: tuple[FeatureSpec, list[Visitor
 WILD = ("sum", "mean", "min", "max", "latest")
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(st.lists(st.tuples(st.integers(0, 30), st.floats(width=32, allow_nan=True, allow_infinity=False)), max_size=30))
 def test_sums_of_any_values_are_as_exact_as_float64_adds(rows: list[tuple[int, float]]) -> None:
     spec = of_kind_a({operation: {operation: "a"} for operation in WILD})
@@ -248,7 +248,7 @@ def of_kind_a(of: Mapping[str, Any], **sections: Any) -> FeatureSpec:
     return parse({"model": "m", "events": catalogue, "features": dict(of), **sections})
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(specs(), st.lists(st.tuples(st.binary(max_size=120), st.binary(max_size=60)), min_size=1, max_size=3))
 def test_random_bytes_in_the_cache_count_for_nothing(spec: FeatureSpec, blobs: list[tuple[bytes, bytes]]) -> None:
     rows = [Visitor(blob, traits=traits) for blob, traits in blobs]
@@ -296,7 +296,7 @@ def asked_of_sql(draw: st.DrawFn) -> tuple[FeatureSpec, list[Visitor]]:
     return spec, rows
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=80)
 @given(case=asked_of_sql())
 def test_every_feature_that_sql_can_say_equals_duckdb(
     connection: duckdb.DuckDBPyConnection, case: tuple[FeatureSpec, list[Visitor]]
@@ -338,7 +338,7 @@ def _rearranged(draw: st.DrawFn, row: Visitor) -> Visitor:
     return Visitor(parts[0], row.now_ms, parts[1], row.context)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @given(rearranged())
 def test_order_repetition_and_rubbish_do_not_change_a_bit(
     case: tuple[FeatureSpec, list[Visitor], list[Visitor]],
@@ -348,7 +348,7 @@ def test_order_repetition_and_rubbish_do_not_change_a_bit(
     assert computed(plan, rows).tobytes() == computed(plan, others).tobytes()
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(rearranged())
 def test_a_row_alone_is_the_same_row_of_a_batch_bit_for_bit(
     case: tuple[FeatureSpec, list[Visitor], list[Visitor]],
@@ -360,7 +360,7 @@ def test_a_row_alone_is_the_same_row_of_a_batch_bit_for_bit(
     assert together.tobytes() == b"".join(row.tobytes() for row in alone)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(rearranged(), st.data())
 def test_one_blob_or_several_written_by_several_writers_are_the_same_history(
     case: tuple[FeatureSpec, list[Visitor], list[Visitor]], data: st.DataObject
@@ -376,7 +376,7 @@ def test_one_blob_or_several_written_by_several_writers_are_the_same_history(
     assert computed(plan, rows).tobytes() == computed(plan, merged).tobytes()
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(asked())
 def test_compacting_a_visitor_changes_no_feature(case: tuple[FeatureSpec, list[Visitor]]) -> None:
     spec, rows = case
@@ -385,7 +385,7 @@ def test_compacting_a_visitor_changes_no_feature(case: tuple[FeatureSpec, list[V
     assert computed(plan, rows).tobytes() == computed(plan, small).tobytes()
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(asked(), st.integers(1, 10**10))
 def test_what_happens_later_never_counts(case: tuple[FeatureSpec, list[Visitor]], later_ms: int) -> None:
     spec, rows = case

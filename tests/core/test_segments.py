@@ -48,7 +48,7 @@ def test_a_share_that_is_asked_for_is_kept_and_the_others_make_room(of: dict[str
     assert all(share > 0 for share in found.values())
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @given(st.lists(scores, min_size=1, max_size=50), shares)
 def test_cut_offs_fall_from_the_best_segment_to_the_last(values: list[float], of: dict[str, float]) -> None:
     cuts = segments.cutoffs(np.array(values, np.float32), of)
@@ -57,7 +57,7 @@ def test_cut_offs_fall_from_the_best_segment_to_the_last(values: list[float], of
     assert min(values) - 1e-7 <= cuts[-1] <= cuts[0] <= max(values) + 1e-7
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @given(st.lists(scores, min_size=1, max_size=50), shares, scores, scores)
 def test_a_higher_score_never_has_a_lower_segment(
     values: list[float], of: dict[str, float], one: float, other: float

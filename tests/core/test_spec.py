@@ -107,7 +107,7 @@ def test_a_duration_is_a_number_and_a_unit(text: str, milliseconds: int) -> None
     assert spec.parse_duration(text) == milliseconds
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(st.integers(1, 36_500 * 86_400_000))
 def test_a_written_duration_is_read_back_exactly(milliseconds: int) -> None:
     assert spec.parse_duration(spec.format_duration(milliseconds)) == milliseconds
@@ -432,7 +432,7 @@ def only_a_refusal(document: object) -> None:
         assert again(made).hash == made.hash
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 @given(anything)
 def test_any_document_is_a_spec_or_is_refused(document: object) -> None:
     only_a_refusal(document)
@@ -449,7 +449,7 @@ def _places(section: object, way: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]
     return found
 
 
-@settings(max_examples=500, deadline=None, derandomize=True)
+@settings(max_examples=500)
 @given(st.data())
 def test_a_spec_with_anything_at_some_place_is_a_spec_or_is_refused(data: st.DataObject) -> None:
     document = copy.deepcopy(EVERYTHING)
@@ -467,7 +467,7 @@ def test_a_spec_with_anything_at_some_place_is_a_spec_or_is_refused(data: st.Dat
     only_a_refusal(document)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(st.one_of(st.text(max_size=12), scalars))
 def test_any_duration_is_milliseconds_or_is_refused(text: object) -> None:
     try:

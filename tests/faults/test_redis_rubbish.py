@@ -110,8 +110,6 @@ def test_rubbish_is_counted_record_by_record_and_never_scored(
 
     @settings(
         max_examples=BLOBS // AT_ONCE,
-        deadline=None,
-        derandomize=True,
         database=None,
         suppress_health_check=list(HealthCheck),
     )

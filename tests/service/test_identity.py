@@ -150,7 +150,7 @@ _addresses = some.builds(
 )  # fmt: skip
 
 
-@settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
+@settings(max_examples=EXAMPLES)
 @given(_addresses)
 def test_addresses_normalise_idempotently_and_as_the_sdk_of_meta_does(address: str) -> None:
     for form in identity.EMAILS:
@@ -182,7 +182,7 @@ _numbers = some.one_of(
 )
 
 
-@settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
+@settings(max_examples=EXAMPLES)
 @given(_numbers, _regions)
 def test_numbers_normalise_idempotently_and_to_what_the_sdk_of_meta_takes_as_it_is(number: str, region: str) -> None:
     try:

@@ -259,9 +259,7 @@ actions = st.one_of(
 
 
 @given(st.lists(st.tuples(actions, st.integers(1, 3)), max_size=12))
-@hypothesis_settings(
-    max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@hypothesis_settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whatever_happens_members_are_those_of_a_dictionary_and_changes_lead_there(
     redis_server: RedisServer, steps: list[tuple[tuple[str, str, int], int]]
 ) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from files import snapshots
@@ -268,7 +268,6 @@ def loaded_once(model: Path) -> Bundle:
     return bundle.load(model)
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_percentiles_and_segments_of_many_scores_are_those_of_each(open_shop: Shop, data: st.DataObject) -> None:
     some = st.floats(0, 1, width=32)

@@ -273,7 +273,7 @@ JSON_VALUES = st.one_of(
 )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(values=st.lists(st.tuples(*[JSON_VALUES] * 6), min_size=1, max_size=40))
 def test_any_json_values_are_read_as_the_service_reads_them(
     tmp_path_factory: pytest.TempPathFactory, values: list[tuple[Any, ...]]
@@ -1087,14 +1087,14 @@ def test_traits_that_are_said_in_one_millisecond_are_told_apart_the_same_way_how
 # --- SQL for hashes and numbers ---
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(texts=st.lists(st.one_of(st.none(), st.text(st.characters(exclude_categories=["Cs"]))), min_size=1))
 def test_sql_hashes_as_records_do_and_nothing_has_no_hash(texts: list[str | None]) -> None:
     rows = duckdb.execute(f"SELECT {sql.hash32('t')} FROM (SELECT unnest(?::VARCHAR[]) AS t)", [texts]).fetchall()
     assert [row[0] for row in rows] == [None if text is None else events.hash32(text) for text in texts]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(values=st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1))
 def test_sql_writes_numbers_as_the_service_does(values: list[float]) -> None:
     field = sql.field("x", "DOUBLE")
@@ -1102,7 +1102,7 @@ def test_sql_writes_numbers_as_the_service_does(values: list[float]) -> None:
     assert [row[0] for row in rows] == [features.text_of(value) for value in values]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(texts=st.lists(st.text("0123456789+-.eE _xinfa", max_size=8), min_size=1))
 def test_sql_reads_numbers_that_are_text_as_the_service_does(texts: list[str]) -> None:
     field = sql.field("t", "VARCHAR")

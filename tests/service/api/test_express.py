@@ -235,7 +235,7 @@ _documents = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 @given(_documents, st.booleans())
 def test_what_is_taken_is_what_json_says(document: dict[str, Any], is_ascii: bool) -> None:
     try:

@@ -87,8 +87,6 @@ def test_every_reference_leads_somewhere(document: dict[str, Any]) -> None:
 @schemathesis.openapi.from_dict(create_app(Settings(_env_file=None)).openapi()).parametrize()
 @hypothesis_settings(
     max_examples=25,
-    deadline=None,
-    derandomize=True,
     database=None,
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=list(HealthCheck),
