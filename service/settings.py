@@ -101,6 +101,11 @@ class Settings(BaseSettings):
         description="Processes that serve, each with a listening socket of its own; one a core, where the feature "
         "cache has a core of its own.",
     )
+    worker_silence_s: Positive = Field(
+        10,
+        description="Seconds that one of several workers may do nothing, not even take a connection, before it is "
+        "killed and replaced.",
+    )
     queue_length: Positive = Field(
         1024,
         description="Scores that may wait in a worker; beyond them 429, and sooner where the last ones would be late.",

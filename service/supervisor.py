@@ -32,10 +32,15 @@ from service.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-# What a worker is told after its orders, and what it answers if it can.
+# What a worker is told after its orders, and what it answers if it can: that it serves, then each second that it does.
 SERVE: Final = "serve"
 REPLACE: Final = "replace"
 READY: Final = "ready"
+ALIVE: Final = "alive"
+ALIVE_EVERY_S: Final = 1.0
+# On this signal a worker writes to stderr what each of its threads is doing, and how long that may take.
+SHOW_STACKS: Final = signal.SIGUSR1
+_STACKS_S: Final = 0.5
 # Beyond delay and drain: what a worker needs to close what it has opened, and to exit.
 _MARGIN_S: Final = 3.0
 # A worker that has served so long had an accident; one that dies sooner may do so again and again.
@@ -155,6 +160,9 @@ class Supervisor:
         began = time.monotonic() if answer == READY else None
         if began is not None:
             self._note_ready(worker, order)
+        if began is not None and await self._falls_silent(worker):
+            await self._end(worker)
+            return time.monotonic() - began, f"worker {worker.process.pid} hung and was killed"
         code = await worker.process.wait()
         await self._end(worker)
         if answer not in (READY, ""):
@@ -164,6 +172,27 @@ class Supervisor:
         if began is None:
             return None, f"{why} before it could serve; its log above says why"
         return time.monotonic() - began, why
+
+    async def _falls_silent(self, worker: Worker) -> bool:
+        """Wait until a worker ends, or has been silent for so long that it hangs: whether it does.
+
+        Silence is counted in seconds that the supervisor was awake: none pass while the whole machine stands still.
+        """
+        limit_s, silent_s = self._settings.worker_silence_s, 0.0
+        while silent_s < limit_s or self._ending.is_set():
+            try:
+                said = await asyncio.wait_for(worker.answers.readline(), ALIVE_EVERY_S)
+            except TimeoutError:
+                silent_s += ALIVE_EVERY_S
+                continue
+            if not said:
+                return False
+            silent_s = 0.0
+        logger.error("worker %d has done nothing for %g s; this is what it is at", worker.process.pid, limit_s)
+        with suppress(ProcessLookupError):
+            worker.process.send_signal(SHOW_STACKS)
+        await asyncio.sleep(_STACKS_S)
+        return True
 
     async def _next(self) -> Worker:
         """The spare process, or a new one."""

@@ -1,12 +1,15 @@
 """One of several processes that serve, `python -m service.worker`, as `service.supervisor` starts them.
 
 Its standard input is a socket to the supervisor. By it come its orders, one line of JSON, and when it is needed a
-second line; by it goes the answer, which is `ready` or why it cannot serve. When the supervisor is gone, however that
-came about, the socket closes and the worker ends.
+second line; by it goes the answer, which is `ready` or why it cannot serve, and after `ready` a line each second, by
+the loop that serves: one that hangs falls silent. When the supervisor is gone, however that came about, the socket
+closes and the worker ends.
 """
 
 from __future__ import annotations
 
+import asyncio
+import faulthandler
 import json
 import logging
 import os
@@ -16,6 +19,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from typing import TextIO
 
 from prometheus_client import values
@@ -23,7 +27,7 @@ from prometheus_client import values
 from service import logs, port
 from service.core.errors import PropensityError
 from service.settings import Settings, load
-from service.supervisor import READY, REPLACE, Orders
+from service.supervisor import ALIVE, ALIVE_EVERY_S, READY, REPLACE, SHOW_STACKS, Orders
 
 logger = logging.getLogger("service.worker")
 
@@ -32,6 +36,7 @@ def main() -> None:
     """Take the orders, serve, and leave nothing behind."""
     for each in (signal.SIGTERM, signal.SIGINT):  # until there is a server that handles them
         signal.signal(each, lambda *_: sys.exit(0))
+    faulthandler.register(SHOW_STACKS, all_threads=True)
     channel, is_orphan = socket.socket(fileno=sys.stdin.fileno()), threading.Event()
     lines = channel.makefile()
     orders: Orders = json.loads(lines.readline())
@@ -61,7 +66,18 @@ def _serve(
         metrics.WORKER_RESTARTS.inc()
     shared = orders["listener"]
     bound = port.bind(settings.host, settings.port, shared=True) if shared is None else socket.socket(fileno=shared)
-    app.run(settings, bound, on_ready=lambda: channel.sendall(f"{READY}\n".encode()))
+    app.run(settings, bound, on_ready=lambda: _begin(channel))
+
+
+def _begin(channel: socket.socket) -> None:
+    channel.sendall(f"{READY}\n".encode())
+    asyncio.get_running_loop().call_later(ALIVE_EVERY_S, _go_on, channel)
+
+
+def _go_on(channel: socket.socket) -> None:
+    with suppress(OSError):  # that the supervisor is gone is noticed below; one that does not read needs no more lines
+        channel.send(f"{ALIVE}\n".encode(), socket.MSG_DONTWAIT)
+    asyncio.get_running_loop().call_later(ALIVE_EVERY_S, _go_on, channel)
 
 
 def _end_with_supervisor(lines: TextIO, is_orphan: threading.Event, limit_s: float) -> None:

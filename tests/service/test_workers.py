@@ -147,6 +147,30 @@ async def test_a_killed_worker_is_replaced_while_the_other_answers_and_no_counte
     assert await asyncio.to_thread(service.process.wait, 20) == 0
 
 
+async def test_a_worker_that_hangs_is_killed_and_replaced(
+    start_service: StartService, embedded_server: EmbeddedServer, artifacts: Path
+) -> None:
+    service = start_service(
+        workers=2, worker_silence_s=2, redis_url=embedded_server.url, artifacts=artifacts, namespace="hangs"
+    )
+    pids = wait_for_workers(service)
+    await asyncio.sleep(4)  # nobody asks anything, which is no silence
+    assert set(pids) <= set(children(service.process.pid))
+    os.kill(pids[0], signal.SIGSTOP)
+    replaced = await asyncio.to_thread(wait_for_line, service, r"worker (\d+) serves in its place")
+    log = service.log.read_text()
+    assert f"worker {pids[0]} has done nothing for 2 s" in log
+    assert f"worker {pids[0]} hung and was killed; it is replaced\n" in log
+    assert not Path(f"/proc/{pids[0]}").exists()
+    assert int(replaced[1]) in children(service.process.pid)
+    assert (await scrape(service.port))["propensity_worker_restarts_total", "[]"] == 1
+    os.kill(pids[1], signal.SIGUSR1)
+    await asyncio.to_thread(wait_for_line, service, r"most recent call first(.|\n)*service/worker.py")
+    assert pids[1] in children(service.process.pid)
+    service.process.send_signal(signal.SIGTERM)
+    assert await asyncio.to_thread(service.process.wait, 20) == 0
+
+
 async def test_when_the_supervisor_is_killed_nothing_is_left(
     start_service: StartService, artifacts: Path, tmp_path: Path
 ) -> None:
