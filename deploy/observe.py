@@ -139,7 +139,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--grafana-port", type=int, default=3000)
     parser.add_argument("--directory", type=Path, default=ROOT / ".run", help="where data and logs go")
     given = parser.parse_args(arguments)
-    for name in (signal.SIGTERM, signal.SIGHUP):
+    # Ctrl-C too: a script starts what runs in its background with it ignored, and Prometheus ends on it all the same.
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, signal.default_int_handler)
     started: list[subprocess.Popen[bytes]] = []
     try:
