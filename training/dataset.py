@@ -492,8 +492,7 @@ def _active(view: View, after_ms: np.int64, point_ms: np.int64) -> Ints:
 
 def _labelled(plan: Plan, view: View, moments: Moments, label: Label) -> Dataset:
     owner, cutoff, request = moments
-    code = plan.spec.codes((str(label.kind),))[0]
-    happened = view.keys[view.partition.records["kind"] == code]
+    happened = view.keys[np.isin(view.partition.records["kind"], plan.spec.codes((str(label.kind),)))]
     person = owner if view.partition.joins is None else view.partition.joins.person[owner]
     after = np.searchsorted(happened, view.key(person, cutoff), "right")
     within = np.searchsorted(happened, view.key(person, cutoff + horizon_of(label)), "right")

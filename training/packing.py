@@ -20,7 +20,7 @@ from service.core import bundle, segments
 from service.core.bundle import Golden, Manifest
 from service.core.errors import PropensityError
 from service.core.features import Plan
-from service.core.spec import FeatureSpec, Request, Trait, format_duration
+from service.core.spec import ANY, FeatureSpec, Request, Trait, format_duration
 from training import reference, report
 from training.dataset import Dataset, GoldenRow, Population, Split
 from training.evaluate import Leak, Metrics
@@ -202,8 +202,9 @@ def _label(spec: FeatureSpec) -> str:
         return ""
     if label.column is not None:
         return f"{label.column} is {' or '.join(label.positive)}"
-    event = spec.events[str(label.kind)].event
-    return f"{'no ' if label.absent else ''}{event} within {format_duration(label.horizon or 0)}"
+    event = "event" if label.kind == ANY else spec.events[str(label.kind)].event
+    quantity = "no " if label.absent else "any " if label.kind == ANY else ""
+    return f"{quantity}{event} within {format_duration(label.horizon or 0)}"
 
 
 def _spans(contents: Contents) -> list[report.Span]:

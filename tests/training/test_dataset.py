@@ -272,6 +272,18 @@ def test_who_stays_away_is_positive_where_that_is_the_label(read: Read) -> None:
     assert labels == {"at once": True, "a ms later": False, "at the end": False, "too late": True, "never": True}
 
 
+@pytest.mark.parametrize("key", ["event", "absent"])
+def test_any_as_a_label_stands_for_every_kind(read: Read, key: str) -> None:
+    start = NOW_MS - 10 * DAY_MS
+    sent = [event(visitor, start) for visitor in ("viewed", "ordered", "never")]
+    sent += [event("viewed", start + DAY_MS), order("ordered", start + DAY_MS), event("last", NOW_MS - DAY_MS)]
+    chosen = shop(rows={"per_visitor": 1000, "cold_start": False}, label={key: "any", "horizon": "1d"})
+    made = rows_of(dataset.build(read(chosen, sent), features.compile(chosen)))
+    labels = {visitor: made[visitor_hash(visitor), start][1] for visitor in ("viewed", "ordered", "never")}
+    came = key == "event"
+    assert labels == {"viewed": came, "ordered": came, "never": not came}
+
+
 def test_a_cutoff_whose_horizon_reaches_beyond_the_data_gives_no_row(read: Read) -> None:
     last = NOW_MS - DAY_MS
     moments = {"old": last - 5 * DAY_MS, "matured": last - DAY_MS, "a ms short": last - DAY_MS + 1, "last": last}

@@ -201,6 +201,14 @@ def test_the_report_stands_alone_and_names_model_data_and_leaks(made: Bundle) ->
     assert "<script src" not in page
 
 
+@pytest.mark.parametrize(("key", "told"), [("event", "any event within 7d"), ("absent", "no event within 7d")])
+def test_the_report_says_that_any_event_is_the_label(contents: Contents, tmp_path: Path, key: str, told: str) -> None:
+    path = tmp_path / "any.yaml"
+    path.write_text(SPEC.replace("event: order, horizon", f"{key}: any, horizon"), encoding="utf-8")
+    made = packed(replace(contents, plan=features.compile(specfile.load(path)), spec_path=path), tmp_path / "bundle")
+    assert told in (made.path / "report.html").read_text(encoding="utf-8")
+
+
 def test_a_model_of_rows_without_time_is_packed_too(contents: Contents, tmp_path: Path) -> None:
     rows = replace(contents.rows, cutoff_ms=np.zeros(3000, np.int64))
     split = dataset.split(rows, None)
