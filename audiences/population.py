@@ -29,7 +29,14 @@ Floats = npt.NDArray[np.float32]
 Times = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
-_REQUIRED: Final = ("visitor_id", "propensity", "model", "version", "at", "last_event_ms")
+_REQUIRED: Final = {
+    "visitor_id": pa.large_string(),
+    "propensity": pa.float32(),
+    "model": pa.string(),
+    "version": pa.string(),
+    "at": pa.timestamp("ms", "UTC"),
+    "last_event_ms": pa.int64(),
+}
 
 
 class UnreadableScores(PropensityError):
@@ -110,12 +117,14 @@ def open_snapshot(path: str | Path) -> Snapshot:
         table = _read(found, ["model", "version", "at"])
     except (pa.ArrowException, OSError) as error:
         raise UnreadableScores(f"{path}: cannot be read ({error}); write it anew with propensity score") from None
-    said = {name: pc.unique(table[name]) for name in table.column_names}
+    said = {name: pc.unique(_cast(path, name, table[name])) for name in table.column_names}
     if any(len(values) != 1 or values.null_count for values in said.values()):
         raise UnreadableScores(
             f"{path}: mixes models, versions or moments, or is empty; write each to its own directory"
         )
-    at_ms = said["at"].cast(pa.timestamp("ms", "UTC")).cast(pa.int64())[0].as_py()
+    at_ms = said["at"].cast(pa.int64())[0].as_py()
+    if at_ms <= 0:
+        raise UnreadableScores(f"{path}: is of a moment before 1970; write it anew")
     features = tuple(name for name in names if name not in (*_REQUIRED, "percentile", "segment"))
     return Snapshot(path, said["model"][0].as_py(), said["version"][0].as_py(), at_ms, len(table), found, features)
 
@@ -160,14 +169,23 @@ def _table(snapshot: Snapshot, features: Sequence[str]) -> dict[str, Any]:
         raise UnreadableScores(
             f"{snapshot.path}: cannot be read ({error}); write it anew with propensity score"
         ) from None
-    found = {name: _whole(table[name]) for name in names}
-    found["visitor_id"] = found["visitor_id"].cast(pa.large_string())
-    if pc.count_distinct(found["visitor_id"], mode="all").as_py() != len(table) or found["visitor_id"].null_count:
+    found = {name: _whole(_cast(snapshot.path, name, table[name])) for name in names}
+    ids = found["visitor_id"]
+    if pc.count_distinct(ids, mode="all").as_py() != len(table) or ids.null_count or pc.any(pc.equal(ids, "")).as_py():
         raise UnreadableScores(f"{snapshot.path}: has a visitor twice, or one without id; write it anew")
     scores = found["propensity"].to_numpy(zero_copy_only=False)
     if not ((scores >= 0) & (scores <= 1)).all():
         raise UnreadableScores(f"{snapshot.path}: has a propensity that is no probability; write it anew")
     return found
+
+
+def _cast(path: str | Path, name: str, column: Any) -> Any:
+    """A column in its type; that of a feature is a number."""
+    wanted = _REQUIRED.get(name, pa.float32())
+    try:
+        return column.cast(wanted)
+    except pa.ArrowException as error:
+        raise UnreadableScores(f"{path}: {name} is no {wanted} ({error}); write it anew") from None
 
 
 def _read(found: Found, columns: Sequence[str]) -> Any:
@@ -181,7 +199,7 @@ def _whole(column: Any) -> Any:
 
 def _spread(column: Any, places: npt.NDArray[np.int64], count: int) -> Floats:
     spread = np.full(count, np.nan, np.float32)
-    spread[places] = column.cast(pa.float32()).to_numpy(zero_copy_only=False)
+    spread[places] = column.to_numpy(zero_copy_only=False)
     return spread
 
 

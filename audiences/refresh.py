@@ -29,12 +29,17 @@ from service.core.segments import SEGMENTS
 
 # Visitors that are read or written together.
 PAGE: Final = 10_000
+_MOST_AHEAD_MS: Final = 24 * 3_600_000
 
 Report = Callable[[str, float], None]
 
 
 class StaleScores(PropensityError):
     """Scores that are older than those that the lists were last refreshed with."""
+
+
+class EarlyScores(PropensityError):
+    """Scores of a moment to come, up to which all others would be refused."""
 
 
 class Page(Protocol):
@@ -131,6 +136,14 @@ class Stored(NamedTuple):
 def moment(snapshots: Sequence[Snapshot]) -> int:
     """The moment that snapshots are decided for: that of the latest, in milliseconds since 1970."""
     return max(one.at_ms for one in snapshots)
+
+
+def require_begun(now_ms: int, clock_ms: int) -> None:
+    """Raise EarlyScores where scores are of a moment that is more than a day ahead of the clock."""
+    if now_ms > clock_ms + _MOST_AHEAD_MS:
+        raise EarlyScores(
+            f"the scores are of {iso(now_ms)}, and older ones would be refused until then; score with --at now"
+        )
 
 
 async def refresh(

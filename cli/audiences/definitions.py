@@ -91,6 +91,7 @@ def refresh(
     read = reading.load(definitions)
     snapshots, bundles = _scored(scores, artifacts)
     now_ms = refreshing.moment(snapshots)
+    refreshing.require_begun(now_ms, time.time_ns() // 1_000_000)
 
     async def run() -> Outcome:
         with stages() as report:

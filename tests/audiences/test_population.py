@@ -89,6 +89,27 @@ def test_what_is_no_probability_is_refused(write_scores: WriteScores, score: flo
         load(write_scores("s", {"a": 0.1, "b": score}))
 
 
+@pytest.mark.parametrize(
+    ("name", "values", "said"),
+    [
+        ("visitor_id", ["a", ""], "has a visitor twice, or one without id"),
+        ("propensity", ["0.1", "much"], "propensity is no float"),
+        ("at", ["soon", "soon"], r"at is no timestamp\[ms, tz=UTC\]"),
+        ("at", [-5, -5], "is of a moment before 1970"),
+        ("last_event_ms", ["x", "y"], "last_event_ms is no int64"),
+        ("views_1d", ["many", "few"], "views_1d is no float"),
+    ],
+)
+def test_a_column_that_something_else_wrote_is_named(
+    write_scores: WriteScores, name: str, values: list[object], said: str
+) -> None:
+    path = write_scores("s", {"a": 0.1, "b": 0.2}, features={"views_1d": [1, 2]}, parts=1) / "part-00000.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(table.schema.get_field_index(name), name, pa.array(values)), path)
+    with pytest.raises(UnreadableScores, match=said):
+        load(path.parent, features={"shop": ["views_1d"]})
+
+
 def test_a_feature_that_is_not_there_is_named_with_the_command_that_writes_it(write_scores: WriteScores) -> None:
     with pytest.raises(UnreadableScores, match="no feature spend_7d.*--features device,spend_7d"):
         load(write_scores("s", {"a": 0.1}, features={"device": [0]}), features={"shop": ["device", "spend_7d"]})

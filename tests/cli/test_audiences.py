@@ -139,3 +139,14 @@ def test_older_scores_are_told_in_one_line(
     assert told.startswith(
         "the scores are of 2026-09-21T14:13:19Z, and best was refreshed with scores of 2026-09-21T14:13:2"
     )
+
+
+@pytest.mark.usefixtures("cache")
+def test_scores_of_a_moment_far_ahead_are_refused_since_no_later_ones_would_count(
+    run: Run, tmp_path: Path, two_models: Path, write_scores: WriteScores
+) -> None:
+    (tmp_path / "audiences.yaml").write_text("defaults: {model: shop}\naudiences: {best: {top: 20%}}")
+    early = write_scores("early", scores(), at_ms=4_000_000_000_000)
+    told = run("audiences", "refresh", "--scores", early, "--artifacts", two_models).complaint
+    assert told.startswith("the scores are of 2096-10-02T07:06:40Z, and older ones would be refused until then; score")
+    assert run("audiences", "refresh", "--scores", write_scores("now", scores()), "--artifacts", two_models).status == 0
