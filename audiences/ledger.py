@@ -298,7 +298,7 @@ def _engine(url: str) -> sa.Engine:
         raise PropensityError(
             f"a ledger in PostgreSQL needs {error.name}; install it with pip install 'propensity[postgres]'"
         ) from None
-    except sa.exc.ArgumentError:
+    except (sa.exc.ArgumentError, ValueError):  # a port that is no number is a ValueError
         pass
     raise PropensityError(
         "the ledger's address is neither SQLite nor PostgreSQL; write sqlite:///ledger.db or "

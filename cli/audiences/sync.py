@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -17,8 +18,10 @@ from rich.table import Table
 from cli.installed import need
 from cli.progress import console, stages
 from service import settings as service_settings
+from service.core.errors import PropensityError
 
 if TYPE_CHECKING:
+    from audiences.ledger import Ledger
     from audiences.sync import Counts
     from service.settings import Settings
 
@@ -73,7 +76,8 @@ def sync(
     )
     stamina.instrumentation.set_on_retry_hooks([lambda retry: told(retry.caused_by, retry.wait_for)])
     try:
-        with stages() as report, Live(settings) as wanted, ledgers.opened(address(ledger, settings)) as opened:
+        opening = (read if dry_run else ledgers.opened)(address(ledger, settings))
+        with opening as opened, stages() as report, Live(settings) as wanted:
             counts = syncing.run(opened, built, wanted, entry.sending, name, options, report)
             unnamed = opened.destinations() - set(file.destinations)
     except ledgers.Held as error:
@@ -97,7 +101,21 @@ def need_audiences() -> None:
 
 def address(given: str | None, settings: Settings) -> str:
     """Where the ledger is: as the option says, or the setting, else beside the embedded server's data."""
-    return given or settings.ledger_url or f"sqlite:///{settings.data_dir / 'ledger.db'}"
+    where = given or settings.ledger_url or f"sqlite:///{settings.data_dir / 'ledger.db'}"
+    if where == "sqlite://" or where.startswith("sqlite:///:memory:"):
+        raise PropensityError(f"the ledger {where} would be gone with this command; write sqlite:///ledger.db")
+    return where
+
+
+@contextmanager
+def read(where: str) -> Iterator[Ledger]:
+    """The ledger at an address, to be read; an empty one where there is none, and a note that says so."""
+    from audiences import ledger as ledgers
+
+    with ledgers.existing(where) as found, ledgers.opened("sqlite://") as nothing:
+        if found is None:
+            note_no_ledger(where)
+        yield found or nothing
 
 
 def note_no_ledger(where: str) -> None:

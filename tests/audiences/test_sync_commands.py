@@ -123,6 +123,33 @@ def test_a_list_goes_from_the_feature_cache_into_a_file(run: Run, world: World, 
     assert (table.status, "ours: what was sent" in table.out) == (0, True)
 
 
+def test_a_dry_run_makes_no_ledger_and_says_that_there_is_none(run: Run, world: World, tmp_path: Path) -> None:
+    destinations(tmp_path, ours=lists())
+    ledger = ("--ledger", f"sqlite:///{tmp_path / 'ledgers' / 'one.db'}")
+    before = run("sync", "--to", "ours", "--dry-run", *ledger)
+    assert (before.status, "so nothing is known to have been sent" in before.err) == (0, True)
+    assert not (tmp_path / "ledgers").exists()
+    assert run("sync", "--to", "ours", *ledger).status == 0
+    assert run("sync", "--to", "ours", "--dry-run", *ledger).err == ""
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("sqlite://", "the ledger sqlite:// would be gone with this command; write sqlite:///ledger.db"),
+        ("sqlite:///:memory:", "would be gone with this command"),
+        ("postgresql://host:port/ledger", "the ledger's address is neither SQLite nor PostgreSQL; write sqlite:///"),
+    ],
+)
+def test_an_address_that_is_no_ledgers_is_refused_before_anything_is_sent(
+    run: Run, world: World, tmp_path: Path, url: str, said: str
+) -> None:
+    destinations(tmp_path, ours=lists())
+    done = run("sync", "--to", "ours", "--ledger", url)
+    assert (done.status, said in done.err) == (2, True)
+    assert not (tmp_path / "lists").exists()
+
+
 def test_who_is_erased_or_withdraws_is_gone_from_everything_after_the_next_run(
     run: Run, world: World, tmp_path: Path
 ) -> None:
