@@ -169,7 +169,7 @@ def write(
         _replace(out / "model.onnx", model)
         _replace(out / "parity.json", (json.dumps(asdict(report), indent=2) + "\n").encode())
     except OSError as error:
-        raise ExportError(f"cannot write {error.filename}: {error.strerror}") from error
+        raise ExportError(f"cannot write {error.filename or out}: {error.strerror}") from error
     return report
 
 

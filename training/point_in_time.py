@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,9 +188,14 @@ def _write_in_order(connection: duckdb.DuckDBPyConnection, parts: Path, names: S
     fields = [*_OWN_COLUMNS.items(), *((name, pyarrow.float32()) for name in names)]
     schema = pyarrow.schema(fields)
     files = [str(file) for file in parts.iterdir()]
-    with _OUTPUTS[out.suffix](str(fresh), schema) as writer:
-        if files:
-            rows = connection.sql("SELECT * EXCLUDE column0 FROM read_parquet(?) ORDER BY column0", params=[files])
-            for batch in rows.to_arrow_reader(_BATCH_ROWS):
-                writer.write_batch(pyarrow.record_batch(batch.columns, schema=schema))
-    fresh.replace(out)
+    try:
+        with _OUTPUTS[out.suffix](str(fresh), schema) as writer:
+            if files:
+                rows = connection.sql("SELECT * EXCLUDE column0 FROM read_parquet(?) ORDER BY column0", params=[files])
+                for batch in rows.to_arrow_reader(_BATCH_ROWS):
+                    writer.write_batch(pyarrow.record_batch(batch.columns, schema=schema))
+        fresh.replace(out)
+    except OSError as error:
+        raise PropensityError(f"cannot write {out}: {os.strerror(error.errno) if error.errno else error}") from None
+    finally:
+        fresh.unlink(missing_ok=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -381,3 +383,13 @@ def test_a_missing_file_and_an_unwritable_directory_are_refused_in_one_line(tmp_
     dart()[0].save_model(tmp_path / "model.txt")
     with pytest.raises(export.ExportError, match=r"cannot write .*model\.txt"):
         export.export_file(tmp_path / "model.txt", tmp_path / "model.txt")
+
+
+def test_a_disk_that_is_full_is_told_with_the_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # of a write it has no name of a file
+
+    monkeypatch.setattr(export, "_replace", full)
+    dart()[0].save_model(tmp_path / "model.txt")
+    with pytest.raises(export.ExportError, match=r"cannot write .*/out: No space left on device"):
+        export.export_file(tmp_path / "model.txt", tmp_path / "out")

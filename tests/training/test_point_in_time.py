@@ -266,6 +266,15 @@ def test_a_place_to_write_to_that_cannot_be_used_is_refused_at_once(tmp_path: Pa
         point_in_time.write(paths, spec_path, tmp_path / "two", tmp_path / "out.csv")
 
 
+def test_what_cannot_be_written_is_named_and_leaves_nothing_behind(tmp_path: Path, spec_path: Path) -> None:
+    (tmp_path / "at.csv").write_text("visitor_id,at\na,1\n")
+    paths = write_events(tmp_path / "e.ndjson", [{"userId": "a", "event": "Product Viewed", "timestamp": START_MS}])
+    (tmp_path / "out" / "out.csv").mkdir(parents=True)
+    with pytest.raises(PropensityError, match=r"cannot write .*/out/out\.csv: Is a directory"):
+        point_in_time.write(paths, spec_path, tmp_path / "at.csv", tmp_path / "out" / "out.csv")
+    assert [one.name for one in (tmp_path / "out").iterdir()] == ["out.csv"]
+
+
 @pytest.mark.parametrize("name", ["number", "row", "part", "x"])
 def test_a_feature_may_have_any_name_that_the_output_does_not_use(tmp_path: Path, name: str) -> None:
     path = tmp_path / "spec.yaml"
