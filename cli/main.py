@@ -35,6 +35,10 @@ def main() -> None:
         _fail(f"{error.format_message()} See {asked.command_path if asked else 'propensity'} --help")
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except RuntimeError as error:
+        if str(error) != "Query interrupted":  # DuckDB's for the KeyboardInterrupt of a Ctrl-C
+            raise
+        status = 130
     sys.exit(status)
 
 

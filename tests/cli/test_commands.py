@@ -262,6 +262,21 @@ def test_wrong_files_are_told_in_one_line(run: Run, tmp_path: Path, arguments: l
     assert list(tmp_path.rglob("model.onnx")) == []
 
 
+def test_ctrl_c_in_the_middle_of_a_query_ends_without_a_traceback() -> None:
+    asking = """if True:
+        import os, signal, threading, duckdb
+        from cli import main
+        def app(*_, **__):
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+            one = duckdb.connect(config={"threads": 1})
+            one.execute("SELECT sum(hash(range)) FROM range(100000000000)")
+        main.app = app
+        main.main()
+    """
+    done = subprocess.run([sys.executable, "-c", asking], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 def test_a_wrong_setting_is_named_as_its_variable(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PROPENSITY_PORT", "http")
     assert run("serve").complaint.startswith("PROPENSITY_PORT: ")
