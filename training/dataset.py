@@ -58,7 +58,7 @@ class Population(NamedTuple):
 
     def at(self, rows: Ints) -> Population:
         """Some of them."""
-        return Population(self.matrix[rows], self.visitor[rows])
+        return Population(self.matrix.take(rows, axis=0), self.visitor[rows])
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ def take(dataset: Dataset, rows: Ints) -> Dataset:
     """The dataset of some rows; the golden rows and the population stay."""
     return replace(
         dataset,
-        matrix=dataset.matrix[rows],
+        matrix=dataset.matrix.take(rows, axis=0),
         label=dataset.label[rows],
         visitor=dataset.visitor[rows],
         cutoff_ms=dataset.cutoff_ms[rows],
@@ -360,7 +360,7 @@ class View:
             if joins is not None:
                 places, starts = _known(joins.since_ms, places, starts, now_ms[part])
                 trait_places, trait_starts = _known(joins.trait_since_ms, trait_places, trait_starts, now_ms[part])
-            records, traits = self.partition.records[places], self.partition.traits[trait_places]
+            records, traits = self.partition.records.take(places), self.partition.traits.take(trait_places)
             out[part] = features.matrix(plan, records, starts, now_ms[part], traits, trait_starts, request[part])
         return out
 
@@ -372,8 +372,8 @@ class View:
         trait_end = int(np.searchsorted(self.trait_keys, key, "right")[0])
         records, traits = self.partition.records[first:end], self.partition.traits[trait_first:trait_end]
         if (joins := self.partition.joins) is not None:
-            records = records[joins.since_ms[first:end] <= now_ms]
-            traits = traits[joins.trait_since_ms[trait_first:trait_end] <= now_ms]
+            records = records.compress(joins.since_ms[first:end] <= now_ms)
+            traits = traits.compress(joins.trait_since_ms[trait_first:trait_end] <= now_ms)
         return records, traits
 
 

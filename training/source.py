@@ -111,10 +111,10 @@ class Partition:
         return Partition(
             self.visitor_hash[stays],
             None if self.visitor_ids is None else list(compress(self.visitor_ids, stays)),
-            self.records[kept],
+            self.records.take(kept),
             starts,
-            self.request[kept],
-            self.traits[kept_traits],
+            self.request.take(kept, axis=0),
+            self.traits.take(kept_traits),
             trait_starts,
         )
 
@@ -138,7 +138,7 @@ def _left(
     """Places of the visible records of the visitors who stay, each once, and where those of each of them start."""
     owner = np.repeat(np.arange(len(stays)), np.diff(starts))
     kept = np.flatnonzero(visible & stays[owner])
-    kept = kept[events.first_of_each(records[kept], owner[kept])]
+    kept = kept[events.first_of_each(records.take(kept), owner[kept])]
     sizes = np.bincount(owner[kept], minlength=len(stays))[stays]
     return kept, np.concatenate(([0], np.cumsum(sizes)))
 
@@ -1061,7 +1061,6 @@ def _assemble(spec: FeatureSpec, loaded: Mapping[str, Any], ids: Sequence[str] |
     since = _plain(loaded["since_ms"], 0).astype(np.int64) if "since_ms" in loaded else None
     order = _order_ties(every, row, request, since)
     order = order[kind[order] > 0]
-    # take and compress copy records of 24 bytes ten times as fast as an index does.
     records, owner = every.take(order), row[order]
     first = _first_of_each(records, owner, None if since is None else since[order])
     trait_records, trait_owner, trait_since = _trait_changes(spec, loaded, every["ts_ms"], row, since)
@@ -1071,7 +1070,7 @@ def _assemble(spec: FeatureSpec, loaded: Mapping[str, Any], ids: Sequence[str] |
         visitor_ids=ids,
         records=records.compress(first),
         starts=np.searchsorted(owner[first], visitors).astype(np.int64),
-        request=request[order][first],
+        request=request.take(order.compress(first), axis=0),
         traits=trait_records,
         trait_starts=np.searchsorted(trait_owner, visitors).astype(np.int64),
         joins=None if since is None else _joins(loaded, hashes, row, since[order][first], trait_since),
@@ -1120,7 +1119,7 @@ def _order_ties(
             places = places[np.lexsort(request[places].T)]
         if since is not None:
             places = places[np.argsort(since[places], kind="stable")]
-        order[np.sort(places)] = places[events.canonical_order(records[places], row[places])]
+        order[np.sort(places)] = places[events.canonical_order(records.take(places), row[places])]
     return order
 
 

@@ -415,19 +415,19 @@ def select(plan: Plan, records: Records, starts: Ints, now_ms: Ints) -> _Block:
     keep &= sound
     if np.count_nonzero(keep) < len(keep):
         broken = len(sound) - int(np.count_nonzero(sound))
-        records, row, age, cell = records[keep], row[keep], age[keep], cell[keep]
+        records, row, age, cell = records.compress(keep), row[keep], age[keep], cell[keep]
         counts = np.bincount(row, minlength=len(counts))
         ends = counts.cumsum()
     if not _in_order(records, row, age):
         order = events.canonical_order(records, row)
-        order = order[events.first_of_each(records[order], row[order])]
-        records, row, age, cell = records[order], row[order], age[order], cell[order]
+        order = order[events.first_of_each(records.take(order), row[order])]
+        records, row, age, cell = records.take(order), row[order], age[order], cell[order]
         counts = np.bincount(row, minlength=len(counts))
         ends = counts.cumsum()
     limit = plan.spec.limits.records
     if len(records) > limit and counts.max() > limit:
         keep = np.arange(len(records)) >= (ends - limit)[row]
-        records, row, age, cell = records[keep], row[keep], age[keep], cell[keep]
+        records, row, age, cell = records.compress(keep), row[keep], age[keep], cell[keep]
         counts = np.minimum(counts, limit)
         ends = counts.cumsum()
     occupied: Ints | slice = slice(None)
@@ -444,7 +444,7 @@ def _in_order(records: Records, row: Ints, age: Ints) -> bool:
     if not np.count_nonzero(behind):
         return True
     places = behind.nonzero()[0]
-    before, after = records[places], records[places + 1]
+    before, after = records.take(places), records.take(places + 1)
     key = [part["kind"].astype(np.uint64) << np.uint64(32) | part["id"] for part in (before, after)]
     return bool(((before["ts_ms"] == after["ts_ms"]) & (key[0] < key[1])).all())
 
@@ -556,7 +556,7 @@ def _trait_values(plan: Plan, traits: Records, sound: Bools, starts: Ints, now_m
     keep &= age >= 0
     keep &= sound
     if np.count_nonzero(keep) < len(keep):
-        traits, row, age, place = traits[keep], row[keep], age[keep], place[keep]
+        traits, row, age, place = traits.compress(keep), row[keep], age[keep], place[keep]
         if not len(traits):
             return np.full((rows, len(plan.trait_of)), np.nan, np.float32)
     latest = np.empty((rows, len(plan.trait_ids)), np.int64)
@@ -565,11 +565,11 @@ def _trait_values(plan: Plan, traits: Records, sound: Bools, starts: Ints, now_m
     # With several records of one trait the last one has to stay.
     if np.count_nonzero(latest + _ONE_MORE) < len(traits) and not _in_order(traits, row, age):
         order = events.canonical_order(traits, row)
-        order = order[events.first_of_each(traits[order], row[order])]
-        traits, row, place = traits[order], row[order], place[order]
+        order = order[events.first_of_each(traits.take(order), row[order])]
+        traits, row, place = traits.take(order), row[order], place[order]
         latest[row, place] = np.arange(len(traits))
     latest = latest.take(plan.trait_of, axis=1)
-    return _trait_features(plan, traits[latest], latest < 0)
+    return _trait_features(plan, traits.take(latest), latest < 0)
 
 
 def _trait_features(plan: Plan, chosen: Records, absent: Bools) -> npt.NDArray[np.float32]:
