@@ -6,6 +6,7 @@ see the same file system under the same paths, and to have this package installe
 
 from __future__ import annotations
 
+import asyncio
 import importlib.metadata
 import logging
 import os
@@ -34,6 +35,7 @@ Job = TypeVar("Job")
 Done = TypeVar("Done")
 
 CONNECT_S: Final = 10
+ANSWER_S: Final = 15
 # Slices of the events a worker: so that the last ones are done at about the same time.
 SLICES: Final = 4
 # Rounds that are fitted before it is looked whether the best one lies far enough behind.
@@ -84,14 +86,29 @@ def connected(scheduler: str | None = None, processes: int | None = None) -> Ite
             client.run(_mute)
             client.run(keep_memory)
         else:
-            try:
-                client = stack.enter_context(Client(scheduler, timeout=CONNECT_S))
-            except (OSError, ValueError) as error:
-                raise PropensityError(
-                    f"no Dask scheduler answers at {scheduler} ({error}); start one with `dask scheduler`, and workers "
-                    "with `dask worker ADDRESS`; or leave --scheduler out for processes of this machine"
-                ) from None
+            asyncio.run(_knock(scheduler))
+            client = stack.enter_context(Client(scheduler, timeout=CONNECT_S))
         yield Dask(client)
+
+
+async def _knock(scheduler: str) -> None:
+    """Raise PropensityError unless a Dask scheduler answers in time."""
+    from distributed import Client
+
+    client = Client(scheduler, asynchronous=True, timeout=CONNECT_S)
+    try:
+        async with asyncio.timeout(ANSWER_S):
+            await client
+    # Dask takes what anything else answers for lengths and messages, so it may fail in any way, and waits for silence.
+    except Exception as error:
+        said = str(error) if isinstance(error, (OSError, ValueError)) else "something else does"
+        raise PropensityError(
+            f"no Dask scheduler answers at {scheduler} ({said or f'nothing of Dask in {ANSWER_S} s'}); start one with "
+            "`dask scheduler` and write the address that it prints, as tcp://10.0.0.5:8786, and start workers with "
+            "`dask worker ADDRESS`; or leave --scheduler out for processes of this machine"
+        ) from None
+    finally:
+        await client.close()
 
 
 class Dask:

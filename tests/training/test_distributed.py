@@ -5,7 +5,10 @@ from __future__ import annotations
 import platform
 import re
 import resource
+import socket
+import socketserver
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -204,13 +207,47 @@ def test_dask_is_imported_only_when_it_is_asked_for() -> None:
     assert [one for one in found if one.at_start] == []
 
 
-def test_an_address_without_a_scheduler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def refused(monkeypatch: pytest.MonkeyPatch, address: str, answer_s: float) -> str:
+    """What is said of an address at which there is no scheduler."""
     monkeypatch.setattr(distributed, "CONNECT_S", 0.2)
-    with (
-        pytest.raises(PropensityError, match="no Dask scheduler answers at tcp://127.0.0.1:9 "),
-        distributed.connected("tcp://127.0.0.1:9"),
-    ):
+    monkeypatch.setattr(distributed, "ANSWER_S", answer_s)
+    with pytest.raises(PropensityError) as told, distributed.connected(address):
         pass
+    said = str(told.value)
+    assert said.startswith(f"no Dask scheduler answers at {address} (")
+    assert "write the address that it prints, as tcp://10.0.0.5:8786" in said
+    return said
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "http://127.0.0.1:9", "scheduler"])
+def test_an_address_without_a_scheduler_is_told(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    refused(monkeypatch, address, 60)
+
+
+@pytest.mark.parametrize("answer", [b"SSH-2.0-OpenSSH_9.6\r\n", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
+def test_an_address_at_which_something_else_answers_is_told(monkeypatch: pytest.MonkeyPatch, answer: bytes) -> None:
+    class Greets(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.sendall(answer)
+            self.request.recv(1 << 16)
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Greets) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        said = refused(monkeypatch, f"tcp://127.0.0.1:{server.server_address[1]}", 60)
+        server.shutdown()
+        thread.join()
+    assert "(something else does)" in said
+
+
+def test_an_address_at_which_nothing_is_ever_answered_is_told_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        said = refused(monkeypatch, f"tcp://127.0.0.1:{silent.getsockname()[1]}", 0.5)
+    assert "(nothing of Dask in 0.5 s)" in said
+
+
+def test_the_address_of_a_worker_is_told(cluster: Dask, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused(monkeypatch, min(cluster.client.scheduler_info()["workers"]), 60)
 
 
 def test_workers_of_another_file_system_are_told(
