@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import yaml
 
@@ -15,6 +15,9 @@ from service.core.errors import PropensityError
 Place = tuple[str, ...]
 Problem = tuple[Place, str]
 
+MOST_MERGED: Final = 100_000
+_MERGE: Final = "tag:yaml.org,2002:merge"
+
 
 class _Loader(yaml.SafeLoader):
     """YAML without the surprises of version 1.1; a repeated key is refused.
@@ -22,22 +25,45 @@ class _Loader(yaml.SafeLoader):
     `no`, `on`, dates, `1:30`, `007` and `1_000` stay text; numbers are written as in JSON.
     """
 
+    merged = 0
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Put what is merged into a mapping, each key once: PyYAML doubles those that meet again."""
+        own: dict[str, Any] = {}
+        for key, value in node.value:
+            if str(key.value) in own:
+                raise _refused(f"{str(key.value)!r} is written twice; keep one", key)
+            own[str(key.value)] = key, value
+        merges = [pair for pair in own.values() if pair[0].tag == _MERGE]
+        own = {name: pair for name, pair in own.items() if pair[0].tag != _MERGE}
+        node.value = list(own.values())  # what is left for a mapping that is merged into itself
+        found: dict[str, Any] = {}
+        for key, merged in merges:
+            for one in reversed(merged.value if isinstance(merged, yaml.SequenceNode) else [merged]):
+                found |= self._merged(key, one)
+        node.value = list((found | own).values())
+
+    def _merged(self, key: yaml.Node, node: yaml.Node) -> dict[str, Any]:
+        if not isinstance(node, yaml.MappingNode):
+            raise _refused("<< takes a mapping or a list of mappings, as *NAME", key)
+        self.flatten_mapping(node)
+        self.merged += 1 + len(node.value)
+        if self.merged > MOST_MERGED:
+            raise _refused(f"more than {MOST_MERGED:,} keys are merged by <<; merge less, or less often", key)
+        return {str(name.value): (name, value) for name, value in node.value}
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            name = str(key.value)
-            if name in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{name!r} is written twice; keep one", key.start_mark
-                )
-            seen.add(name)
         return {str(name): value for name, value in super().construct_mapping(node, deep).items()}
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
         except ValueError as error:  # `!!int x`, and a number of more digits than Python reads
-            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
+            raise _refused(str(error), node) from None
+
+
+def _refused(problem: str, node: yaml.Node) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
 _Loader.yaml_implicit_resolvers = {}

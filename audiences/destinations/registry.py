@@ -127,7 +127,7 @@ class File(NamedTuple):
             raise PropensityError(f"{self.document.name}: no {key.removesuffix('s')} {name!r}; it has {known}")
         wrong: list[Problem] = []
         try:
-            return _expanded(every[name], (key, name), self.environment, wrong), wrong
+            return _expanded(every[name], (key, name), self.environment, wrong, {}), wrong
         except RecursionError:  # of an alias that holds itself
             raise PropensityError(self.document.told([((key, name), "is nested too deeply to be read")])) from None
 
@@ -161,12 +161,21 @@ def _of(document: Document, environment: Mapping[str, str]) -> File:
     return File(destinations, triggers, document, environment)
 
 
-def _expanded(value: Any, place: Place, environment: Mapping[str, str], wrong: list[Problem]) -> Any:
-    """The value with every ${NAME} replaced; what is nothing but a reference is marked as coming from there."""
-    if isinstance(value, Mapping):
-        return {key: _expanded(one, (*place, key), environment, wrong) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_expanded(one, (*place, str(number)), environment, wrong) for number, one in enumerate(value)]
+def _expanded(
+    value: Any, place: Place, environment: Mapping[str, str], wrong: list[Problem], done: dict[int, Any]
+) -> Any:
+    """The value with every ${NAME} replaced; what is nothing but a reference is marked as coming from there.
+
+    `done` holds what became of each mapping and list by its id: what aliases stand for is looked at once.
+    """
+    if isinstance(value, (Mapping, list)):
+        if id(value) not in done:
+            made = [
+                _expanded(one, (*place, str(key)), environment, wrong, done)
+                for key, one in (value.items() if isinstance(value, Mapping) else enumerate(value))
+            ]
+            done[id(value)] = dict(zip(value, made, strict=True)) if isinstance(value, Mapping) else made
+        return done[id(value)]
     if not isinstance(value, str):
         return value
     unset = [name for name in REFERENCE.findall(value) if name not in environment]
