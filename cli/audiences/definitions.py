@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -227,8 +228,10 @@ def _sent(found: Preview, destinations: Path, url: str | None) -> list[Sent]:
             note_no_ledger(where)
         with stages() as report, Live(settings) as live:
             wanted = sent.Foreseen(live, found.audience, found.chosen)
-            entry = lambda name: registry.load(destinations).destination(name)  # noqa: E731
-            return sent.compare(known or nothing, wanted, found.audience.name, entry, report)
+            file = cache(lambda: registry.load(destinations))  # not before a destination wants it
+            return sent.compare(
+                known or nothing, wanted, found.audience.name, lambda name: file().destination(name), report
+            )
 
 
 async def _known() -> Sequence[Any]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
+from audiences.destinations import registry
 from files import snapshots
 from service.embedded import EmbeddedServer
 from tests.audiences.conftest import AT_MS, WriteScores, two_models, write_scores
@@ -107,6 +109,21 @@ def test_a_preview_a_refresh_and_a_list_agree(
     assert "3: only 0 qualify, so nobody is a member" in small.out
     held = run("audiences", "preview", "mobile", *options)
     assert "20 %," in held.out
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_preview_reads_the_file_of_destinations_once(
+    run: Run, tmp_path: Path, two_models: Path, write_scores: WriteScores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "defaults: {model: shop, min_size: 3, purpose: ads}\naudiences: {best: {top: 20%, destinations: [a, b, c]}}"
+    (tmp_path / "audiences.yaml").write_text(text)
+    options = "{kind: files, url: lists, purpose: ads}"
+    (tmp_path / "destinations.yaml").write_text(f"destinations: {{a: {options}, b: {options}, c: {options}}}")
+    load = Mock(wraps=registry.load)
+    monkeypatch.setattr(registry, "load", load)
+    shown = run("audiences", "preview", "best", "--scores", write_scores("first", scores()), "--artifacts", two_models)
+    assert [cells(shown.out, name)[:2] for name in "abc"] == [[name, "never"] for name in "abc"]
+    load.assert_called_once_with(Path("destinations.yaml"))
 
 
 @pytest.mark.usefixtures("cache")
