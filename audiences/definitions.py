@@ -5,7 +5,6 @@ What depends on the models (which features and categories there are) is checked 
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
@@ -33,8 +32,9 @@ from pydantic_core import PydanticCustomError
 
 from audiences.destinations.protocol import Purpose
 from files import documents
-from files.documents import Document, Kind, Place, Problem
-from service.core import movement
+from files.documents import Document, Kind
+from service.core import advice, movement
+from service.core.advice import Location, Place, Problem, nearest
 from service.core.errors import PropensityError
 from service.core.segments import SEGMENTS
 from service.core.spec import FeatureSpec, Finite, Name, Request, Trait, format_duration, parse_duration
@@ -46,8 +46,6 @@ CONTROL: Final = ".control"  # behind the name of an audience: who is held out o
 MOST_VISITORS: Final = 10**9
 MOST_SHOWN: Final = 64
 MOST_OF_FEATURE: Final = 3.4028234e38
-
-MEANT: Final = {"at_most": "below"}  # where spelling alone would suggest at_least, which is the opposite
 
 
 class InvalidDefinitions(PropensityError):
@@ -108,15 +106,6 @@ def _values(values: tuple[Any, ...]) -> tuple[str | float, ...]:
     if any(isinstance(value, (int, float)) and abs(value) > MOST_OF_FEATURE for value in plain):
         raise ValueError("write numbers that a feature can have: float32, up to 3.4e38")
     return plain
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """What to write instead of an unknown word."""
-    names = list(known)
-    near = difflib.get_close_matches(word, names, n=1)
-    if near:
-        return f"; did you mean {near[0]!r}?"
-    return f"; write one of {', '.join(names)}" if names else ""
 
 
 def _whole(text: str) -> str:
@@ -427,10 +416,10 @@ class Definitions(Section):
         """Raise InvalidDefinitions unless the models have what conditions look at; `specs` by the model's name."""
         found = list(self._mismatches(specs))
         if found:
-            raise InvalidDefinitions("\n".join(self._told(place, advice) for place, advice in found))
+            raise InvalidDefinitions("\n".join(self._told(place, said) for place, said in found))
 
-    def _told(self, place: Place, advice: str) -> str:
-        return f"{self._document.where(place) if self._document else '.'.join(place)}: {advice}"
+    def _told(self, place: Place, said: str) -> str:
+        return f"{self._document.where(place) if self._document else '.'.join(place)}: {said}"
 
     def _problems(self) -> Iterator[Problem]:
         for name, audience in self.audiences.items():
@@ -555,27 +544,18 @@ def _told(error: ValidationError) -> Iterator[Problem]:
 
 
 def _advice(item: Any) -> str:
-    if item["type"] == "extra_forbidden":
-        key, known = str(item["loc"][-1]), _known_keys(item["loc"][:-1])
-        word = MEANT[key] if MEANT.get(key) in known else key
-        return f"unknown key{nearest(word, known)}"
-    if item["type"] == "missing":
-        return "is missing; add it"
-    if item["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        return "is no mapping; write key: value pairs"
     if item["type"] == "string_pattern_mismatch":
         most = 56 if item["loc"][0] == "audiences" else 64
         return f"{str(item['input'])[:64]!r} is no name; write lower-case letters, digits, _ and -, {most} at most"
     if item["type"] == "too_short":
         return "holds nothing; write at least one"
-    text: str = item["msg"].removeprefix("Value error, ")
-    return text[:1].lower() + text[1:]
+    return advice.of_section(item, _known_keys)
 
 
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    """The keys of the section at a place."""
+def _known_keys(location: Location) -> list[str]:
+    """The keys of the section that has one at a place."""
     section: Any = Definitions
-    for part in location:
+    for part in location[:-1]:
         if isinstance(section, type) and issubclass(section, Section):
             field = next((one for name, one in section.model_fields.items() if (one.alias or name) == part), None)
             section = field.annotation if field is not None else None

@@ -13,11 +13,12 @@ import pyarrow as pa
 
 from audiences import budget, membership, refresh
 from audiences.budget import Expectation
-from audiences.definitions import Audience, Definitions, InvalidDefinitions, nearest
+from audiences.definitions import Audience, Definitions, InvalidDefinitions
 from audiences.population import Flags, Population, Snapshot
 from audiences.refresh import Lists, Refreshed, Scores
 from audiences.sent import Chosen, Sent
 from audiences.sync import Counts
+from service.core.advice import nearest
 from service.core.bundle import Bundle
 from service.core.spec import format_duration
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any, Final, Protocol
 
 from audiences import refresh
-from audiences.definitions import CONTROL, Definitions, nearest
+from audiences.definitions import CONTROL, Definitions
 from audiences.refresh import PAGE, Report, is_control, is_kept, unnamed
+from service.core.advice import nearest
 from service.core.errors import PropensityError
 
 REMOVED: Final = "removed"  # why everybody left

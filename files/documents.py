@@ -10,10 +10,8 @@ from typing import Any, Final, NamedTuple
 
 import yaml
 
+from service.core.advice import Place, Problem
 from service.core.errors import PropensityError
-
-Place = tuple[str, ...]
-Problem = tuple[Place, str]
 
 MOST_MERGED: Final = 100_000
 _MERGE: Final = "tag:yaml.org,2002:merge"
@@ -107,7 +105,7 @@ class Document:
 
     def told(self, problems: Iterable[Problem]) -> str:
         """What is wrong, a line each, and where."""
-        return "\n".join(f"{self.where(place)}: {advice}" for place, advice in problems)
+        return "\n".join(f"{self.where(place)}: {said}" for place, said in problems)
 
 
 def load(path: Path, kind: Kind) -> Document:

@@ -14,11 +14,12 @@ from typing import Any, Final, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from audiences.definitions import nearest
 from audiences.destinations.options import FromEnvironment
 from audiences.destinations.protocol import Destination
 from files import documents
-from files.documents import Document, Place, Problem
+from files.documents import Document
+from service.core import advice
+from service.core.advice import Place, Problem, nearest
 from service.core.errors import PropensityError
 
 _FILE: Final = documents.Kind(
@@ -189,10 +190,5 @@ def problems(place: Place, error: ValidationError, known: Iterable[str] = ()) ->
     found: list[Problem] = []
     for item in error.errors(include_input=False, include_url=False, include_context=False):
         at = tuple(map(str, item["loc"]))
-        advice = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            advice = f"unknown key{nearest(at[-1], known if len(at) == 1 else ())}"
-        elif item["type"] == "missing":
-            advice = "is missing; add it"
-        found.append(((*place, *at), advice))
+        found.append(((*place, *at), advice.of(item, lambda loc: known if len(loc) == 1 else ())))
     return found

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import Annotated, ClassVar, Final, Literal
 
 from pydantic import (
     AfterValidator,
@@ -26,6 +25,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from service.core import advice
+from service.core.advice import Location, Place, Problem, nearest
 from service.core.errors import PropensityError
 from service.core.events import MAX_KIND
 from service.core.segments import SEGMENTS
@@ -33,9 +34,6 @@ from service.core.segments import SEGMENTS
 _UNITS_MS: Final = {"w": 604_800_000, "d": 86_400_000, "h": 3_600_000, "m": 60_000, "s": 1_000, "ms": 1}
 _DURATION: Final = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(ms|s|m|h|d|w)\s*")
 ANY: Final = "any"
-
-Place = tuple[str, ...]
-Problem = tuple[Place, str]
 
 
 class InvalidSpec(PropensityError):
@@ -491,7 +489,7 @@ class FeatureSpec(_Model):
         for place, kinds in used.items():
             for kind in kinds:
                 if kind != ANY and kind not in self.events:
-                    yield place, f"no event {kind!r} in the catalogue{_nearest(kind, self.events)}"
+                    yield place, f"no event {kind!r} in the catalogue{nearest(kind, self.events)}"
         if ANY in self.events:
             yield ("events", ANY), "the name stands for all events; choose another"
         for name in self.segments:
@@ -506,7 +504,7 @@ class FeatureSpec(_Model):
         for name, operands in ratios.items():
             for operand in operands:
                 if operand not in self.features:
-                    yield ("features", name), f"no feature {operand!r}{_nearest(operand, self.features)}"
+                    yield ("features", name), f"no feature {operand!r}{nearest(operand, self.features)}"
         for name in ratios:
             path, pending = {name}, list(ratios[name])
             while pending:
@@ -525,7 +523,7 @@ def parse(document: object) -> FeatureSpec:
     try:
         return FeatureSpec.model_validate(document)
     except ValidationError as error:
-        told = (f"{'.'.join(place)}: {advice}" if place else advice for place, advice in problems(error))
+        told = (f"{'.'.join(place)}: {said}" if place else said for place, said in problems(error))
         raise InvalidSpec("; ".join(told)) from None
 
 
@@ -536,27 +534,16 @@ def problems(error: ValidationError) -> list[Problem]:
         if item["type"] == "inconsistent":
             found.extend(item["ctx"]["problems"])
         else:
-            found.append((_place(item["loc"]), _advice(item)))
+            found.append((_place(item["loc"]), advice.of_section(item, _known_keys)))
     return found
 
 
-def _place(location: tuple[int | str, ...]) -> Place:
+def _place(location: Location) -> Place:
     # The tags of unions stand in pydantic's location, not in the document: features.NAME.TAG.categories.TAG.key
     if location[:1] != ("features",):
         return tuple(map(str, location))
     tags = {2, 4} if location[3:4] == ("categories",) else {2}
     return tuple(str(part) for index, part in enumerate(location) if index not in tags)
-
-
-def _advice(item: Any) -> str:
-    if item["type"] == "extra_forbidden":
-        return f"unknown key{_nearest(str(item['loc'][-1]), _known_keys(item['loc']))}"
-    if item["type"] == "missing":
-        return "is missing; add it"
-    if item["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        return "is no mapping; write key: value pairs"
-    text: str = item["msg"].removeprefix("Value error, ")
-    return text[:1].lower() + text[1:]
 
 
 _SECTIONS: Final[dict[str, type[_Model]]] = {
@@ -569,7 +556,7 @@ _SECTIONS: Final[dict[str, type[_Model]]] = {
 }
 
 
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+def _known_keys(location: Location) -> list[str]:
     model: type[_Model] | None = FeatureSpec
     if len(location) > 1:
         model = _SECTIONS.get(str(location[0]))
@@ -578,13 +565,6 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     if location[0] == "source" and "event" in location[:-1]:
         model = EventColumn
     return list(model.model_fields) if model is not None else []
-
-
-def _nearest(word: str, known: Sequence[str] | Mapping[str, object]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
-    if near:
-        return f"; did you mean {near[0]!r}?"
-    return f"; write one of {', '.join(known)}" if known else ""
 
 
 def _repeated(field: str, values: Mapping[str, object]) -> Iterator[Problem]:
