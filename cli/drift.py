@@ -11,6 +11,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from http.client import HTTPException
 from itertools import groupby
@@ -26,6 +27,8 @@ from cli.installed import need
 from service.core.errors import PropensityError
 
 if TYPE_CHECKING:  # what starts `propensity serve` need not wait for these
+    from duckdb import DuckDBPyConnection, DuckDBPyRelation
+
     from service.core.bundle import Bundle
 
 PROPENSITY: Final = "propensity"
@@ -76,7 +79,8 @@ def drift(
         str | None, typer.Option(help="Where Prometheus runs that has the rules of deploy/prometheus.")
     ] = None,
     offline: Annotated[
-        list[str] | None, typer.Option(help="Instead: files of features and scores, Parquet or NDJSON. Repeatable.")
+        list[str] | None,
+        typer.Option(help="Instead: files or URLs of features and scores, Parquet or NDJSON. Repeatable."),
     ] = None,
     window: Annotated[str, typer.Option(help="1h or 24h: what to look at in Prometheus, and the floor.")] = "1h",
     model: Annotated[str | None, typer.Option(help="Model; needed with --offline where there are several.")] = None,
@@ -94,7 +98,7 @@ def drift(
     if prometheus is not None:
         lines = recorded(prometheus, window, model, version)
     else:
-        need("duckdb")
+        need("duckdb", "pyarrow")
         lines = computed(offline or [], window, chosen(artifacts, model, version))
     if as_json:
         print(json.dumps([_plain(line) for line in lines], indent=2))
@@ -216,29 +220,57 @@ def _columns(files: Sequence[str], features: Sequence[str]) -> Iterator[tuple[st
     import numpy as np
 
     from service.core import drift as numbers
-    from training.source import find_files, reader_of
 
     wanted = {**{name: name for name in features}, numbers.SCORE: PROPENSITY}
-    connection = duckdb.connect()
-    for file in find_files(files):
-        reader = {"parquet": "read_parquet", "json": "read_json"}.get(reader_of(file) or "")
-        if reader is None:
-            raise PropensityError(f"{file}: give Parquet or NDJSON")
-        try:
-            relation = connection.from_query(f"FROM {reader}(?)", params=[str(file)])
-            lacking = [column for column in wanted.values() if column not in relation.columns]
-            if lacking:
-                raise PropensityError(
-                    f"{file}: has no column {', '.join(lacking)}; "
-                    f"it takes one for each feature of the model, and {PROPENSITY}"
-                )
-            selected = ", ".join(f"CAST({_quoted(column)} AS FLOAT) AS {_quoted(column)}" for column in wanted.values())
+    selected = ", ".join(f"CAST({_quoted(column)} AS FLOAT) AS {_quoted(column)}" for column in wanted.values())
+    for file, relation in _tables(duckdb.connect(), files):
+        lacking = [column for column in wanted.values() if column not in relation.columns]
+        if lacking:
+            raise PropensityError(
+                f"{file}: has no column {', '.join(lacking)}; "
+                f"it takes one for each feature of the model, and {PROPENSITY}"
+            )
+        with _told(file):
             for batch in relation.select(selected).to_arrow_reader(100_000):
                 for name, column in wanted.items():
                     values = batch.column(column).fill_null(math.nan)
                     yield name, values.to_numpy(zero_copy_only=False).astype(np.float32)
-        except duckdb.Error as error:
-            raise PropensityError(f"{file}: {str(error).splitlines()[0]}") from None
+
+
+def _tables(connection: DuckDBPyConnection, files: Sequence[str]) -> Iterator[tuple[str, DuckDBPyRelation]]:
+    """What is read: the files of paths one by one, and the snapshots at URLs."""
+    from pyarrow import dataset
+
+    from files import snapshots
+    from training.source import find_files, reader_of
+
+    paths = [file for file in files if "://" not in file]
+    for path in find_files(paths) if paths else ():
+        reader = {"parquet": "read_parquet", "json": "read_json"}.get(reader_of(path) or "")
+        if reader is None:
+            raise PropensityError(f"{path}: give Parquet or NDJSON")
+        with _told(str(path)):
+            relation = connection.from_query(f"FROM {reader}(?)", params=[str(path)])
+        yield str(path), relation
+    for url in files:
+        if url not in paths:
+            found = snapshots.find(url)
+            if not found.parts:
+                raise PropensityError(f"{url}: holds no part-*.parquet; give what propensity score --out URL wrote")
+            with _told(url):
+                relation = connection.from_arrow(dataset.dataset(list(found.parts), filesystem=found.filesystem))
+            yield url, relation
+
+
+@contextmanager
+def _told(file: str) -> Iterator[None]:
+    import duckdb
+    from pyarrow import ArrowException
+
+    try:
+        yield
+    except (duckdb.Error, ArrowException, OSError) as error:
+        raise PropensityError(f"{file}: {str(error).splitlines()[0]}") from None
 
 
 def _quoted(name: str) -> str:

@@ -10,9 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from files import snapshots
 from service.core import bundle
-from tests.cli.test_commands import propensity
+from tests.cli.test_commands import Run, propensity, run
 from tests.conftest import ServiceProcess, WriteBundle
+
+__all__ = ["run"]  # a fixture
 
 
 @pytest.fixture
@@ -40,6 +43,30 @@ def test_a_feature_that_moved_is_named_and_ends_the_command_with_1(as_trained: P
     done = propensity("drift", "--offline", as_trained, "--artifacts", artifacts, "--json")
     assert done.status == 1
     assert [line["feature"] for line in json.loads(done.out) if line["drifts"]] == [table.column_names[0]]
+
+
+def test_a_snapshot_is_read_from_an_object_store(run: Run, as_trained: Path, tmp_path: Path, artifacts: Path) -> None:
+    scored = pq.read_table(as_trained)
+    url, asked = f"memory://{tmp_path.name}/scores", ("--artifacts", artifacts, "--json")
+    for part in (scored.slice(0, 100), scored):  # the snapshot that was here before does not count
+        with snapshots.assembling(url) as directory:
+            pq.write_table(part.slice(0, 600), directory / "part-00000.parquet")
+            pq.write_table(part.slice(600), directory / "part-00001.parquet")
+    at_url = run("drift", "--offline", url, *asked)
+    assert at_url.status == 0, at_url.err
+    assert at_url.out == run("drift", "--offline", as_trained, *asked).out
+    both = json.loads(run("drift", "--offline", url, "--offline", as_trained, *asked).out)
+    assert {line["population"] for line in both} == {2000}
+    told = run("drift", "--offline", f"{url}/none", *asked).complaint
+    assert told == f"{url}/none: holds no part-*.parquet; give what propensity score --out URL wrote"
+    assert "Protocol not known: nosuch" in run("drift", "--offline", "nosuch://bucket/x", *asked).complaint
+
+
+def test_what_is_no_parquet_at_a_url_is_told(run: Run, tmp_path: Path, artifacts: Path) -> None:
+    (tmp_path / "part-00000.parquet").write_text("nothing")
+    told = run("drift", "--offline", f"file://{tmp_path}", "--artifacts", artifacts).complaint
+    assert told.startswith(f"file://{tmp_path}: ")
+    assert "Could not read schema" in told
 
 
 def test_of_several_models_one_has_to_be_named(as_trained: Path, tmp_path: Path, write_bundle: WriteBundle) -> None:
