@@ -181,14 +181,8 @@ class Journals:
 
     def erased(self, visitor_ids: Sequence[str]) -> Collection[str]:
         """Those of the visitors who were erased and have not come back."""
-        return self._live.run(self._erased(visitor_ids)) if visitor_ids else ()
-
-    async def _erased(self, visitor_ids: Sequence[str]) -> Collection[str]:
-        async def forget(_: Sequence[str]) -> None:
-            """Who is erased meanwhile is asked about the next time."""
-
-        async with Erasures(self._live.store).writing(visitor_ids, forget) as erased:
-            return erased
+        found: Collection[str] = self._live.run(self._live.members.erased(visitor_ids))
+        return found
 
 
 def _of_move(name: str, model: str, move: Move) -> Iterator[triggers.Event]:

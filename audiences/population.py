@@ -72,6 +72,14 @@ class Said:
         """Whom the model scored."""
         return ~np.isnan(self.propensity)
 
+    def at(self, kept: Flags) -> Said:
+        """What it says of some of the visitors, none of whom is in a segment yet."""
+        return replace(
+            self,
+            propensity=self.propensity[kept],
+            features={name: values[kept] for name, values in self.features.items()},
+        )
+
 
 @dataclass(frozen=True)
 class Population:
@@ -85,6 +93,11 @@ class Population:
 
     def __len__(self) -> int:
         return len(self.drawn)
+
+    def at(self, kept: Flags) -> Population:
+        """Some of the visitors, before anything is decided of them."""
+        models = {name: said.at(kept) for name, said in self.models.items()}
+        return Population(self.ids.filter(pa.array(kept)), self.drawn[kept], self.last_event_ms[kept], models)
 
     def with_model(self, name: str, said: Said) -> Population:
         """The same, with something else of one model."""

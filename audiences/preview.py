@@ -86,7 +86,7 @@ async def preview(
     if name not in definitions.audiences:
         raise InvalidDefinitions(f"no audience {name!r}{nearest(name, definitions.audiences)}")
     report("Reading scores", 0)
-    everyone = refresh.read(definitions, snapshots, bundles)
+    everyone = await refresh.read(definitions, snapshots, bundles, members)
     for place, model in enumerate(bundles):
         report("Reading segments", place / len(bundles))
         before = await refresh.stored_segments(scores, model, everyone)

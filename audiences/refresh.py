@@ -8,7 +8,7 @@ nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple, Protocol
@@ -64,6 +64,9 @@ class Lists(Protocol):
         self, audience: str, entered: Mapping[str, int], left: Sequence[str], at_ms: int, why: str
     ) -> None:
         """Let visitors enter and leave; the same again changes nothing."""
+
+    async def erased(self, ids: Sequence[str]) -> Collection[str]:
+        """Those of the visitors who were erased and have not come back."""
 
     async def names(self) -> Sequence[Any]:
         """What is known of each audience: its name, size and described_ms."""
@@ -162,7 +165,7 @@ async def refresh(
     known = await members.names()
     _require_newer(known, definitions, now_ms)
     report("Reading scores", 0)
-    everyone = read(definitions, snapshots, bundles)
+    everyone = await read(definitions, snapshots, bundles, members)
     for one in snapshots:
         await _put(scores, one, everyone, report)
     segments = {}
@@ -212,12 +215,25 @@ def iso(ms: int) -> str:
 # --- reading ---
 
 
-def read(definitions: Definitions, snapshots: Sequence[Snapshot], bundles: Mapping[str, Bundle]) -> Population:
-    """Everyone, without segments, once it is sure that the models have what the definitions look at."""
+async def read(
+    definitions: Definitions, snapshots: Sequence[Snapshot], bundles: Mapping[str, Bundle], members: Lists
+) -> Population:
+    """Everyone, without segments, once it is sure that the models have what the definitions look at.
+
+    Who was erased after the scores were made is none of them, and takes nobody's place.
+    """
     population.require_apart(snapshots)
     specs = {name: bundle.spec for name, bundle in bundles.items()}
     definitions.check(specs)
-    return population.load(snapshots, specs, {name: definitions.features(name) for name in bundles})
+    everyone = population.load(snapshots, specs, {name: definitions.features(name) for name in bundles})
+    erased: list[str] = []
+    for part in _pages(np.arange(len(everyone))):
+        erased += await members.erased(everyone.ids.take(pa.array(part)).to_pylist())
+    if not erased:
+        return everyone
+    kept = np.ones(len(everyone), np.bool_)
+    kept[everyone.places(erased)] = False
+    return everyone.at(kept)
 
 
 async def stored_segments(

@@ -71,6 +71,10 @@ class Erasures:
             if late:
                 await forget(sorted(late))
 
+    async def among(self, visitor_ids: Sequence[str]) -> Collection[str]:
+        """Who of the visitors is one of them."""
+        return await self._among(visitor_ids) if (await self._state())[0] else frozenset()
+
     async def noted(self, keys: Sequence[str]) -> frozenset[str]:
         """Those of the keys whose visitors were erased within the retention, come back or not."""
         found: set[str] = set()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Final, NamedTuple
 
 import msgspec
@@ -192,6 +192,10 @@ class Members:
             for (place, _), member in zip(piece, members, strict=True):
                 found[place] = _member(member).entered_ms if member else 0
         return found
+
+    async def erased(self, ids: Sequence[str]) -> Collection[str]:
+        """Those of the visitors who were erased and have not come back, so that they cannot enter."""
+        return await self._erasures.among(ids)
 
     # --- who enters and leaves ---
 

@@ -60,6 +60,10 @@ class Lists(Killable):
         self.members: dict[str, dict[str, int]] = {}
         self.descriptions: dict[str, tuple[str, int]] = {}
         self.changes: list[Change] = []
+        self.gone: set[str] = set()
+
+    async def erased(self, ids: Sequence[str]) -> set[str]:
+        return self.gone & set(ids)
 
     async def page(self, audience: str, cursor: str | None, n: int) -> Page:
         # In an order that has nothing to do with that of the population.
@@ -76,6 +80,7 @@ class Lists(Killable):
         assert why.isascii()
         assert not set(entered) & set(left)
         known = self.members.setdefault(audience, {})
+        assert not self.gone & set(entered), "who was erased does not enter"
         for one, since_ms in entered.items():
             self._spend()
             if one not in known:

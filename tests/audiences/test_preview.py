@@ -54,6 +54,16 @@ async def test_a_preview_is_what_a_refresh_would_do_and_writes_nothing(case: Cas
     assert (again.before, again.found.entered, again.found.left) == (40, 0, {})
 
 
+async def test_who_was_erased_after_the_scores_were_made_is_not_counted(case: Case) -> None:
+    case.lists.gone = {f"visitor {place}" for place in range(150, 200)}
+    shown = await case.preview("best")
+    assert (shown.visitors, shown.found.members, len(shown.chosen.ids)) == (150, 30, 30)
+    assert not case.lists.gone & set(shown.chosen.ids)
+    done = await refresh.refresh(case.read, case.snapshots, case.bundles, case.lists, case.kept, AT_MS)
+    assert shown.found in done.audiences
+    assert set(shown.chosen.ids) == set(case.lists.members["best"])
+
+
 async def test_size_expectation_and_overlap_are_those_of_the_members(case: Case) -> None:
     found = await case.preview("likely")
     members = found.found.members

@@ -160,6 +160,24 @@ async def test_who_has_no_score_any_more_leaves(write_scores: WriteScores, two_m
     assert not gone & set(lists.members["likely"])
 
 
+async def test_who_was_erased_after_the_scores_were_made_takes_nobodys_place(
+    write_scores: WriteScores, two_models: Path, store_url: str
+) -> None:
+    members, propensities = (pytest.importorskip(f"service.{name}") for name in ("members", "propensities"))
+    store = Store.open(store_url, namespace=f"test-{uuid.uuid4().hex[:12]}", retention_ms=90 * DAY)
+    lists, scores = Lists(), Scores()
+    lists.gone = set(sorted(random_scores(1), key=random_scores(1).__getitem__)[-50:])
+    for visitor_id in lists.gone:
+        await store.erase(visitor_id)
+    day = Day(write_scores, two_models, 1, AT_MS)
+    done = await day.refresh(lists, scores)
+    assert done == await day.refresh(members.Members(store), propensities.Propensities(store))
+    await store.close()
+    assert done.visitors == 250
+    assert len(lists.members["best"]) == 50, "a fifth of who is left"
+    assert not lists.gone & (set(lists.members["best"]) | set(scores.places["shop"]) | set(scores.scores["churn"]))
+
+
 async def test_scores_that_are_older_than_the_last_refresh_are_refused(
     write_scores: WriteScores, two_models: Path
 ) -> None:
