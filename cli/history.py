@@ -82,7 +82,7 @@ async def replay_events(
                     await _load(partition.at(source.NEVER - 1), store, loaded)
                     await store.mark_replayed(mark, index)
                 report("Loading visitors", (index + 1) / log.partitions)
-            persons = _mark(log, repr((settings.phone_region, settings.consent_categories)))
+            persons = _mark(log, repr((settings.phone_region, settings.consent_categories, spec.source)))
             if not await store.replayed(persons):
                 report("Joining and identifying", 0)
                 await _join(log, store, loaded)

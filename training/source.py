@@ -58,6 +58,8 @@ _NATIVE: Final = ("type", "event", "name", "userId", "anonymousId", "previousId"
 _SECTIONS: Final = ("properties", "context", "traits")
 _TYPES: Final = ("track", "page", "identify", "screen", "group", "alias")
 _JOINING: Final = ("identify", "alias")
+# Traits that say who somebody is, and the country that a number is of.
+PERSONAL: Final = ("email", "phone", "country")
 _PAGE_VIEWED: Final = "Page Viewed"
 _LONGEST_ID: Final = 256
 _FUTURE_MS: Final = 24 * 3_600_000
@@ -521,7 +523,9 @@ class Relation:
         """Types of columns, those that hold ids, names or times as text: no leading zero is lost."""
         event = self.source.event
         ids = (self.source.visitor_id, self.source.anonymous_id, self.source.message_id)
-        named = (*ids, self.source.timestamp, event.column if event else None)
+        # Where the sample has digits alone, numbers behind it would lose their plus and their zeros.
+        personal = [name for key in PERSONAL for name in (self.source.traits.get(key), f"traits.{key}", key)]
+        named = (*ids, *personal, self.source.timestamp, event.column if event else None)
         kept = {name.lower() for name in (*_NATIVE, *named, *also) if name is not None}
         return ", ".join(
             f"{sql.literal(name)}: {sql.literal('VARCHAR' if name.lower() in kept else kind)}"
@@ -633,6 +637,8 @@ class Relation:
             fields = self._describe(f"(SELECT unnest({sql.identifier(section)}) FROM {self.shape})")
             access = f"{sql.identifier(section)}[{sql.literal(name)}]"
             return sql.field(access, fields[name]) if name in fields else None
+        if kind.startswith("MAP"):
+            return sql.json_field(f"to_json({sql.identifier(section)})", name)
         if kind in ("JSON", "VARCHAR"):
             return sql.json_field(f"TRY_CAST({sql.identifier(section)} AS JSON)", name)
         return next((self._native(column) for column in (f"{section}.{name}", name) if column in self.types), None)
@@ -711,7 +717,7 @@ class Relation:
     @cached_property
     def login(self) -> str | None:
         """SQL for the anonymous visitor whom a row joins into its visitor; None where no row of these files does."""
-        known, anonymous, has_types = self._known(), self._anonymous(), self._has_types
+        known, anonymous, has_types = self._known(), self._anonymous(), self.has_types
         if known is None or anonymous is None or not (has_types or self.source.anonymous_id is not None):
             return None
         anonymous = _if_short(anonymous)
@@ -721,8 +727,22 @@ class Relation:
         says = f"{self._type()} IN {_JOINING} AND" if has_types else ""
         return f"CASE WHEN {says} {known} IS NOT NULL THEN nullif({anonymous}, {known}) END"
 
+    def envelope(self) -> dict[str, str]:
+        """SQL for what a live event has beside its properties, traits and context, as far as the files have it."""
+        parts = {
+            "type": self._type(),
+            "event": self._name(),
+            "timestamp": sql.milliseconds(self._timestamp(), self.source.timestamp_format),
+            "userId": self._known(),
+            "anonymousId": self._anonymous(),
+        }
+        if self.has_types:
+            parts |= {name: sql.text(self._native(name)) for name in ("name", "previousId") if name in self.types}
+        return {name: text for name, text in parts.items() if text is not None}
+
     @property
-    def _has_types(self) -> bool:
+    def has_types(self) -> bool:
+        """Whether rows say which type of event they are."""
         return self.source.event is None and "type" in self.types
 
     def _native(self, name: str) -> Field:
@@ -746,7 +766,7 @@ class Relation:
         return f"(CASE {self._type()} WHEN 'track' THEN {track} WHEN 'page' THEN {page} END)::INTEGER"
 
     def _type(self) -> str:
-        return f"coalesce({self._native('type').sql}, 'track')" if self._has_types else "'track'"
+        return f"coalesce({self._native('type').sql}, 'track')" if self.has_types else "'track'"
 
     def _name(self) -> str:
         """SQL for the name of a track event, in the catalogue's words."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,25 +12,23 @@ import duckdb
 from service.core.spec import FeatureSpec, Source
 from training import source, sql
 from training.source import Relation
+from training.sql import Field
 
 _SPEAKING: Final = "('identify', 'alias')"
 _ROWS_AT_ONCE: Final = 10_000
 
 
 def read(connection: duckdb.DuckDBPyConnection, paths: Sequence[str], spec: FeatureSpec) -> Iterator[dict[str, Any]]:
-    """Events of native NDJSON and Parquet files that may say something of a person, sound or not.
+    """Events of files that may say something of a person, sound or not.
 
-    Those are `identify` and `alias` events and any with `context.consent`. Files whose columns the spec maps, and CSV,
-    say nothing.
+    Those are `identify` and `alias` events and any with `context.consent`. Of rows that do not say which type they are,
+    those are taken for `identify` events that have an address or a number where the spec says that these are.
     """
     for mapping, reader, files in source.groups(source.find_files(paths), spec):
-        if mapping != Source(files=mapping.files) or reader == "csv":
-            continue
-        if reader == "json":
+        if reader == "json" and mapping == Source(files=mapping.files):
             yield from _objects(connection, _lines(files))
         else:
-            rows = _rows(Relation(connection, spec, mapping, reader, files))
-            yield from map(_event, _objects(connection, rows))
+            yield from map(_event, _objects(connection, _rows(Relation(connection, spec, mapping, reader, files))))
 
 
 def _objects(connection: duckdb.DuckDBPyConnection, query: str) -> Iterator[dict[str, Any]]:
@@ -47,20 +45,33 @@ def _lines(files: Sequence[Path]) -> str:
 
 
 def _rows(relation: Relation) -> str:
-    says = [f"type IN {_SPEAKING}"] if "type" in relation.types else []
-    if "context" in relation.types:
-        says.append(f"json_exists({_json_of(relation, 'context')}, '$.consent')")
-    sections = [name for name in ("traits", "context") if name in relation.types]
-    whole = "".join(f", {_json_of(relation, name)} AS {name}" for name in sections)
-    plain = ("type", "event", "name", "userId", "anonymousId", "previousId", "timestamp")
-    columns = ", ".join(sql.identifier(name) for name in plain if name in relation.types)
-    where = " OR ".join(says) or "false"
-    return f"SELECT to_json(told) FROM (SELECT {columns}{whole} FROM {relation.scan} WHERE {where}) AS told"
+    """Rows of columns, as the events that they would be live."""
+    fields = {name: relation.field("traits", name) for name in source.PERSONAL}
+    traits = {name: sql.text(field) for name, field in fields.items() if field is not None}
+    traits["address"] = _object(relation.field("traits", "address"))
+    context = {name: _object(relation.field("context", name)) for name in ("consent", "traits")}
+    event = relation.envelope()
+    if not relation.has_types:
+        personal = [f"{traits[name]} IS NOT NULL" for name in ("email", "phone") if name in relation.source.traits]
+        event["type"] = f"CASE WHEN {' OR '.join(personal) or 'false'} THEN 'identify' ELSE 'track' END"
+    event |= {"traits": _struct(traits), "context": _struct(context)}
+    rows = (
+        f"SELECT {', '.join(f'{text} AS {sql.identifier(name)}' for name, text in event.items())} FROM {relation.scan}"
+    )
+    says = f"type IN {_SPEAKING} OR context.consent IS NOT NULL"
+    return f"SELECT to_json(told) FROM ({rows} {relation.where}) AS told WHERE {says}"
 
 
-def _json_of(relation: Relation, section: str) -> str:
-    is_text = relation.types[section] == "VARCHAR"
-    return f"TRY_CAST({section} AS JSON)" if is_text else f"to_json({section})"
+def _object(field: Field | None) -> str:
+    """SQL for an object as JSON; NULL of what is none."""
+    if field is None:
+        return "NULL::JSON"
+    is_text = field.kind in ("JSON", "VARCHAR")
+    return f"TRY_CAST({field.sql} AS JSON)" if is_text else f"to_json({field.sql})"
+
+
+def _struct(parts: Mapping[str, str]) -> str:
+    return f"struct_pack({', '.join(f'{name} := {text}' for name, text in parts.items())})"
 
 
 def _event(document: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import csv
 import json
 import os
 import random
@@ -24,7 +25,7 @@ from cli import history, main
 from cli.history import Loaded
 from service import door, embedded, ingest
 from service.app import open_store
-from service.consent import Identities
+from service.consent import Identities, Known
 from service.core import events, features
 from service.core.spec import FeatureSpec
 from service.door import Door
@@ -409,6 +410,17 @@ def events_of_persons(seed: int) -> list[dict[str, Any]]:
     return sent
 
 
+def write_csv(path: Path, sent: list[dict[str, Any]]) -> None:
+    """Sections as JSON."""
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, sorted({name for event in sent for name in event}))
+        table.writeheader()
+        for event in sent:
+            table.writerow(
+                {name: json.dumps(value) if isinstance(value, dict) else value for name, value in event.items()}
+            )
+
+
 async def sent_live(settings: Settings, spec: FeatureSpec, sent: list[dict[str, Any]]) -> None:
     """What `POST /v1/events` does with each of these, one after the other."""
     catalogue, told_by = ingest.catalogue([spec]), Door.of(settings.phone_region, settings.consent_categories)
@@ -433,7 +445,7 @@ async def known_of_all(settings: Settings) -> list[object]:
         return [histories, families, await Identities(store).read(PERSONS, START_MS + DAY_MS)]
 
 
-@pytest.mark.parametrize("ending", ["ndjson", "parquet"])
+@pytest.mark.parametrize("ending", ["ndjson", "parquet", "csv"])
 def test_identifiers_consents_and_joins_are_those_of_the_events_sent_one_by_one(
     shop: Path, make_settings: MakeSettings, store_url: str, ending: str
 ) -> None:
@@ -441,6 +453,8 @@ def test_identifiers_consents_and_joins_are_those_of_the_events_sent_one_by_one(
     path = write_events(shop / "persons.ndjson", sent)
     if ending == "parquet":
         duckdb.execute(f"COPY (FROM read_json('{path}', sample_size = -1)) TO '{shop / 'persons.parquet'}'")
+    if ending == "csv":
+        write_csv(shop / "persons.csv", sent)
     live, replayed = (make_settings(redis_url=store_url, phone_region="DE") for _ in range(2))
     assert live.namespace != replayed.namespace
     asyncio.run(sent_live(live, specfile.load(shop / "spec.yaml"), sent))
@@ -453,6 +467,82 @@ def test_identifiers_consents_and_joins_are_those_of_the_events_sent_one_by_one(
     )
     assert replay(shop, replayed, f"persons.{ending}") == Loaded(0, 0)
     assert asyncio.run(known_of_all(replayed)) == wanted
+
+
+MAPPED = """
+source:
+  visitor_id: customer
+  anonymous_id: cookie
+  timestamp: at
+  event: {column: action, names: {look: Product Viewed}}
+  traits: {email: mail, phone: tel}
+  context: {consent: "{categoryPreferences: {Advertising: ads = 'yes', crm: crm = 'yes'}}"}
+"""
+COLUMNS = ("customer", "cookie", "at", "action", "mail", "tel", "country", "ads", "crm")
+MAPPED_ROWS = [
+    ("", "a1", START_MS, "look", "", "", "", "", ""),
+    ("u1", "a1", START_MS + 1, "look", "One@example.com", "01711234567", "", "yes", "no"),
+    ("u1", "", START_MS + 2, "look", "", "", "", "", "yes"),
+    ("u2", "", START_MS + 3, "look", "two@example.com", "", "", "no", ""),
+    ("u2", "", START_MS + 4, "look", "no address", "+4930901820", "", "yes", ""),
+    ("u3", "", START_MS + 5, "look", "", "22123456", "NO", "", ""),
+    ("u4", "", START_MS + 6, "look", "", "", "", "yes", "yes"),
+    ("", "", START_MS + 7, "look", "nobody@example.com", "", "", "yes", ""),
+]
+
+
+def said_live(row: tuple[Any, ...]) -> dict[str, Any]:
+    """The event that says the same as a mapped row."""
+    known = {name: value for name, value in zip(COLUMNS, row, strict=True) if value != ""}
+    traits = {
+        name: known[key] for name, key in (("email", "mail"), ("phone", "tel"), ("country", "country")) if key in known
+    }
+    preferences = {name: known[key] == "yes" for name, key in (("Advertising", "ads"), ("crm", "crm")) if key in known}
+    event = {"userId": known.get("customer"), "anonymousId": known.get("cookie"), "timestamp": known["at"]}
+    event |= {"type": "identify"} if {"mail", "tel"} & set(known) else {"event": "Product Viewed"}
+    return (
+        event
+        | {"traits": traits}
+        | ({"context": {"consent": {"categoryPreferences": preferences}}} if preferences else {})
+    )
+
+
+@pytest.mark.parametrize("ending", ["csv", "ndjson", "parquet"])
+def test_identifiers_and_consents_of_mapped_columns_are_those_of_events_that_say_the_same(
+    shop: Path, make_settings: MakeSettings, store_url: str, ending: str
+) -> None:
+    with (shop / "mapped.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([COLUMNS, *MAPPED_ROWS])
+    if ending != "csv":
+        options = "FORMAT json" if ending == "ndjson" else "FORMAT parquet"
+        read = f"read_csv('{shop / 'mapped.csv'}', all_varchar = true)"
+        duckdb.execute(f"COPY (FROM {read}) TO '{shop / 'mapped'}.{ending}' ({options})")
+    live, replayed = (make_settings(redis_url=store_url, phone_region="DE") for _ in range(2))
+    persons = ["u1", "u2", "u3", "u4", "a1"]
+
+    async def identities(settings: Settings) -> list[Known]:
+        async with open_store(settings, 0) as store:
+            return await Identities(store).read(persons, START_MS + DAY_MS)
+
+    asyncio.run(sent_live(live, specfile.load(shop / "spec.yaml"), [said_live(row) for row in MAPPED_ROWS[:-1]]))
+    wanted = asyncio.run(identities(live))
+    assert [len(one.identifiers) for one in wanted] == [6, 6, 4, 0, 0]
+    assert [one.consents["ads"] for one in wanted] == [True, True, False, True, False]
+    (shop / "spec.yaml").write_text(SPEC + MAPPED)
+    loaded = replay(shop, replayed, f"mapped.{ending}", max_bad_rows=1)
+    assert (loaded.joined, loaded.said) == (1, 6)
+    assert asyncio.run(identities(replayed)) == wanted
+
+
+def test_what_a_spec_maps_later_is_kept_by_another_replay(shop: Path, settings: Settings) -> None:
+    with (shop / "mapped.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([COLUMNS, *MAPPED_ROWS])
+    unmapped = "".join(line for line in MAPPED.splitlines(True) if "traits" not in line and "consent" not in line)
+    (shop / "spec.yaml").write_text(SPEC + unmapped)
+    assert replay(shop, settings, "mapped.csv", max_bad_rows=1).said == 0
+    (shop / "spec.yaml").write_text(SPEC + MAPPED)
+    assert replay(shop, settings, "mapped.csv", max_bad_rows=1).said == 6
+    assert replay(shop, settings, "mapped.csv", max_bad_rows=1) == Loaded(0, 0)
 
 
 def owner_of(wanted: list[Any], visitor: str) -> str:
