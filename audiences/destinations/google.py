@@ -12,15 +12,22 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import islice
-from pathlib import Path
-from typing import Annotated, Any, Final, NamedTuple, Self
-from urllib.parse import urlsplit
+from typing import Any, Final, NamedTuple
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import Field
 
-from audiences.destinations import options as base
+from audiences.destinations import customer_match
+from audiences.destinations.customer_match import (
+    DAY_MS,
+    DESCRIPTION,
+    Upload,
+    name_of,
+    settled,
+    stays_too_short,
+    takes_no_contacts,
+    uploads,
+)
 from audiences.destinations.options import Secret
 from audiences.destinations.protocol import Busy, DestinationError, Limits, Outcome, Person, Purpose, Rejected
 from service.core.errors import PropensityError
@@ -32,8 +39,6 @@ IDENTIFIERS_OF_A_REQUEST: Final = 10_000  # recommended by Google's support; mor
 IDENTIFIERS_OF_AN_OPERATION: Final = 20
 REQUESTS_A_MINUTE: Final = 300
 REQUESTS_OF_A_BATCH: Final = 10  # a job is made, filled in one to seven requests, and run; and one look at other jobs
-LONGEST_STAY_DAYS: Final = 540
-DAY_MS: Final = 86_400_000
 FIELDS: Final = {"google.email": "hashed_email", "google.phone": "hashed_phone_number"}  # of UserIdentifier
 BUSY: Final = {"UNAVAILABLE", "RESOURCE_EXHAUSTED", "INTERNAL", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "UNKNOWN"}
 PASSING: Final = {  # errors that pass by themselves, whatever status they come with
@@ -47,64 +52,14 @@ PASSING: Final = {  # errors that pass by themselves, whatever status they come 
     },
 }
 JOB: Final = re.compile(r"job (\d+): ([A-Z]+)")
-HASH: Final = re.compile(r"[0-9a-f]{64}")
 
 
-def _digits(value: object) -> object:
-    text = str(value).replace("-", "")
-    if not re.fullmatch(r"\d{10}", text):
-        raise ValueError("write the ten digits that Google Ads shows for the account, as 123-456-7890")
-    return text
+class Options(customer_match.Options):
+    """Those of Customer Match, and what this API has of its own."""
 
-
-def _private(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in {"127.0.0.1", "localhost"}):
-        raise ValueError("write an address that begins with https://")
-    return url
-
-
-Account = Annotated[str, BeforeValidator(_digits)]
-
-
-class Options(base.Options):
-    """Which account, on whose behalf, and how lists are made."""
-
-    customer_id: Account = Field(description="The account that owns the lists.")
     developer_token: Secret = Field(description="Of the API centre of the manager account.")
-    login_customer_id: Account | None = Field(None, description="The manager account, where access goes through one.")
-    client_id: str | None = Field(None, description="Of the OAuth client, with `client_secret` and `refresh_token`.")
-    client_secret: Secret | None = Field(None, description="Of the OAuth client.")
-    refresh_token: Secret | None = Field(None, description="Of the user who let the OAuth client in.")
-    key_file: Path | None = Field(
-        None, description="Key of a service account; without it and OAuth, Google's application default credentials."
-    )
-    prefix: str = Field("Propensity ", description="Put before the name of an audience to name its list.")
-    membership_days: int = Field(
-        LONGEST_STAY_DAYS, ge=1, le=LONGEST_STAY_DAYS, description="Days a member stays after it was added last."
-    )
     wait_s: float = Field(0, ge=0, le=3600, description="Seconds to wait for the end of each job.")
-    timeout_s: float = Field(60, gt=0, le=600, description="Seconds that one request may take.")
     endpoint: str = Field("googleads.googleapis.com", description="Host of the API; another one only for tests.")
-    token_url: Annotated[str, AfterValidator(_private)] = Field(
-        "https://oauth2.googleapis.com/token", description="Where OAuth refreshes; another one only for tests."
-    )
-
-    @model_validator(mode="after")
-    def _one_identity(self) -> Self:
-        given = [value is not None for value in (self.client_id, self.client_secret, self.refresh_token)]
-        if any(given) and not all(given):
-            raise ValueError("write client_id, client_secret and refresh_token together")
-        if any(given) and self.key_file:
-            raise ValueError("write either key_file or client_id, client_secret and refresh_token")
-        return self
-
-
-class Upload(NamedTuple):
-    """One operation of a job: identifiers of one person, as (field, hash)."""
-
-    place: int  # of the person in the batch
-    identifiers: Sequence[tuple[str, str]]
 
 
 class Job(NamedTuple):
@@ -138,7 +93,7 @@ def build(name: str, options: Options) -> GoogleAds:
         ) from None
     # At INFO and DEBUG the client logs whole requests, hashes included; what its warnings say our errors say.
     logging.getLogger("google.ads.googleads.client").setLevel(logging.CRITICAL)
-    credentials = _credentials(name, options)
+    credentials = customer_match.credentials(name, options, SCOPE)
     client = GoogleAdsClient(
         credentials=credentials,
         developer_token=options.developer_token.get_secret_value(),
@@ -148,33 +103,6 @@ def build(name: str, options: Options) -> GoogleAds:
         use_proto_plus=False,
     )
     return GoogleAds(name, options, client, credentials)
-
-
-def _credentials(name: str, options: Options) -> Any:
-    import google.auth
-    from google.auth.exceptions import GoogleAuthError
-    from google.oauth2 import credentials, service_account
-
-    if options.client_id and options.client_secret and options.refresh_token:
-        return credentials.Credentials(
-            token=None,
-            refresh_token=options.refresh_token.get_secret_value(),
-            token_uri=options.token_url,
-            client_id=options.client_id,
-            client_secret=options.client_secret.get_secret_value(),
-            scopes=[SCOPE],
-        )
-    try:
-        if options.key_file:
-            return service_account.Credentials.from_service_account_file(str(options.key_file), scopes=[SCOPE])
-        return google.auth.default(scopes=[SCOPE])[0]
-    except OSError as error:
-        raise PropensityError(f"{name}: key_file: {options.key_file}: {error.strerror}") from None
-    except (GoogleAuthError, ValueError):
-        raise PropensityError(
-            f"{name}: no credentials for Google Ads; write client_id, client_secret and refresh_token, "
-            "or key_file, the key of a service account as Google gave it"
-        ) from None
 
 
 class GoogleAds:
@@ -248,27 +176,17 @@ class GoogleAds:
                 one.crm_based_user_list.upload_key_type == enums.CustomerMatchUploadKeyTypeEnum.CONTACT_INFO
             )
             if is_contacts and one.membership_status == enums.UserListMembershipStatusEnum.OPEN:
-                self._check_stay(name, one.membership_life_span)
+                if one.membership_life_span < self._options.membership_days:
+                    raise stays_too_short(name, one.membership_life_span)
                 return str(one.resource_name)
-        raise Rejected(
-            f"Google Ads has a list {name!r} that takes no e-mail addresses and phone numbers, or is closed; "
-            "rename it or open it in Google Ads, or set another prefix"
-        )
-
-    def _check_stay(self, name: str, days: int) -> None:
-        """Members must be sent again before the list drops them."""
-        if days < self._options.membership_days:
-            raise Rejected(
-                f"Google Ads has a list {name!r} whose members stay for {days} days; "
-                f"set membership_days: {days}, or change the list in Google Ads"
-            )
+        raise takes_no_contacts(name)
 
     def _made(self, name: str) -> str:
         request = self._client.get_type("MutateUserListsRequest")
         request.customer_id = self._options.customer_id
         made = request.operations.add().create
         made.name = name
-        made.description = "Kept in step by Propensity; changes made by hand are overwritten."
+        made.description = DESCRIPTION
         made.membership_life_span = self._options.membership_days
         made.crm_based_user_list.upload_key_type = self._client.enums.CustomerMatchUploadKeyTypeEnum.CONTACT_INFO
         try:
@@ -283,13 +201,13 @@ class GoogleAds:
     # --- members ---
 
     def _upload(self, list_id: str, people: Sequence[Person], *, removing: bool) -> list[Outcome]:
-        uploads, refused = _uploads(people)
-        if not uploads:
+        entries, refused = uploads(people, FIELDS, IDENTIFIERS_OF_AN_OPERATION)
+        if not entries:
             return [refused[place] for place in range(len(people))]
         self._let_opposite_jobs_finish(list_id, removing)
         job = self._new_job(list_id, removing)
         taken: set[int] = set()
-        for part in _requests(uploads):
+        for part in _requests(entries):
             failures = self._fill(job, part, removing)
             for place, upload in enumerate(part):
                 if place in failures:
@@ -302,9 +220,7 @@ class GoogleAds:
         request.resource_name = job
         self._call("OfflineUserDataJobService", "run_offline_user_data_job", request)
         outcome = self._end_of(int(job.rpartition("/")[2])).outcome
-        # Who has one operation in the job must be removable, and is removed when all of them are.
-        settled = taken - set(refused) if removing else taken
-        return [outcome if place in settled else refused[place] for place in range(len(people))]
+        return settled(len(people), taken, refused, outcome, removing=removing)
 
     def _let_opposite_jobs_finish(self, list_id: str, removing: bool) -> None:
         """Jobs may be worked off side by side, so that an older one could undo what this one does."""
@@ -398,8 +314,8 @@ class GoogleAds:
                 job.id,
                 job.customer_match_user_list_metadata.user_list,
                 job.external_id,
-                _name_of(job, "status"),
-                _name_of(job, "failure_reason"),
+                name_of(job, "status"),
+                name_of(job, "failure_reason"),
             )
             for job in jobs
         ]
@@ -416,35 +332,12 @@ class GoogleAds:
     def _call(self, service: str, method: str, request: Any) -> Any:
         """One request, not tried again here, with a deadline: left to itself the client has none."""
         with _told():
-            self._refresh()
+            customer_match.refresh(self._credentials, self._options.timeout_s)
             if service not in self._services:
                 self._services[service] = self._client.get_service(service)
             return getattr(self._services[service], method)(
                 request=request, retry=None, timeout=self._options.timeout_s
             )
-
-    def _refresh(self) -> None:
-        """Inside a request of gRPC a refused refresh could not be told from a broken network."""
-        from google.auth.transport.requests import Request
-
-        if not self._credentials.valid:
-            self._credentials.refresh(partial(Request(), timeout=self._options.timeout_s))
-
-
-def _uploads(people: Sequence[Person]) -> tuple[list[Upload], dict[int, Outcome]]:
-    """Operations for people, and the outcome of whom there is nothing to send of, by place."""
-    uploads: list[Upload] = []
-    refused: dict[int, Outcome] = {}
-    for place, person in enumerate(people):
-        identifiers = [(FIELDS[form], value) for form in FIELDS for value in person.identifiers.get(form, ())]
-        if not identifiers:
-            refused[place] = Outcome(False, f"not sent: has neither {' nor '.join(FIELDS)}")
-        elif not all(HASH.fullmatch(value) for _, value in identifiers):
-            refused[place] = Outcome(False, "not sent: an identifier is not 64 lower-case hex digits of SHA-256")
-        else:
-            for start in range(0, len(identifiers), IDENTIFIERS_OF_AN_OPERATION):
-                uploads.append(Upload(place, identifiers[start : start + IDENTIFIERS_OF_AN_OPERATION]))
-    return uploads, refused
 
 
 def _requests(uploads: Sequence[Upload]) -> Iterator[list[Upload]]:
@@ -468,7 +361,6 @@ def _told() -> Iterator[None]:
     """Turn what the client raises into what the synchronisation understands, without what was sent."""
     from google.ads.googleads.errors import GoogleAdsException
     from google.api_core.exceptions import GoogleAPICallError
-    from google.auth.exceptions import GoogleAuthError, TransportError
 
     try:
         yield
@@ -478,13 +370,6 @@ def _told() -> Iterator[None]:
         code = error.grpc_status_code.name if error.grpc_status_code else "UNKNOWN"
         trailing = {} if not error.errors else dict(error.errors[0].trailing_metadata() or ())
         raise _error(code, _failures(trailing), trailing.get("request-id")) from None
-    except TransportError:
-        raise Busy("Google's address for access tokens does not answer") from None
-    except GoogleAuthError as error:
-        words = str(error.args[0])[:200] if error.args else type(error).__name__
-        if error.retryable:
-            raise Busy(f"Google gives no access token just now: {words}") from None
-        raise Rejected(f"Google gives no access token: {words}; renew the refresh token or the key file") from None
 
 
 def _error(code: str, errors: Sequence[Any], request_id: str | None) -> DestinationError:
@@ -509,7 +394,7 @@ def _plain(message: Any) -> Any:
 
 def _code(error: Any) -> tuple[str, str]:
     kind = error.error_code.WhichOneof("error_code")
-    return (kind, _name_of(error.error_code, kind)) if kind else ("", "")
+    return (kind, name_of(error.error_code, kind)) if kind else ("", "")
 
 
 def _passes(error: Any) -> bool:
@@ -530,10 +415,3 @@ def _delay_s(errors: Sequence[Any]) -> float | None:
     """The longest wait that the errors ask for."""
     delays = [error.details.quota_error_details.retry_delay for error in errors]
     return max((delay.seconds + delay.nanos / 1e9 for delay in delays), default=0.0) or None
-
-
-def _name_of(message: Any, field: str) -> str:
-    """The name of an enumeration's value in a message; the digits of one that this version does not know."""
-    value = getattr(message, field)
-    known = message.DESCRIPTOR.fields_by_name[field].enum_type.values_by_number
-    return str(known[value].name) if value in known else str(value)
