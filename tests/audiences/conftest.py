@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,17 @@ WriteScores = Callable[..., Path]
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def trusted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let gRPC trust stand-ins of Google: it reads the variable once a process, when its first channel is made."""
+    from tests.audiences.stubs import googleapis
+
+    with pytest.MonkeyPatch.context() as patch:
+        path = googleapis.write_authority(tmp_path_factory.mktemp("authority"))
+        patch.setenv("GRPC_DEFAULT_SSL_ROOTS_FILE_PATH", str(path))
+        yield
 
 
 @pytest.fixture(scope="session")

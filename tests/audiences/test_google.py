@@ -23,7 +23,10 @@ from audiences.destinations.google import GoogleAds, Options, build
 from audiences.destinations.protocol import Busy, Destination, Outcome, Person, Purpose, Rejected
 from service.core.errors import PropensityError
 from tests.audiences import documented
-from tests.audiences.stubs.google import Certificate, Fault, GoogleStub, certificate, serving, write_authority
+from tests.audiences.stubs.google import GoogleStub
+from tests.audiences.stubs.googleapis import Fault
+
+pytestmark = pytest.mark.usefixtures("trusted")
 
 ADD, CREATE, RUN = "AddOfflineUserDataJobOperations", "CreateOfflineUserDataJob", "RunOfflineUserDataJob"
 
@@ -50,23 +53,9 @@ def identifiers(*people: Person) -> set[tuple[str, str]]:
     }
 
 
-@pytest.fixture(scope="module")
-def made() -> Certificate:
-    return certificate()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def trusted(made: Certificate, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """gRPC reads the variable once a process, when its first channel is made."""
-    with pytest.MonkeyPatch.context() as patch:
-        path = write_authority(tmp_path_factory.mktemp("authority"), made)
-        patch.setenv("GRPC_DEFAULT_SSL_ROOTS_FILE_PATH", str(path))
-        yield
-
-
 @pytest.fixture
-def stub(made: Certificate) -> Iterator[GoogleStub]:
-    with serving(GoogleStub(), made) as stub:
+def stub() -> Iterator[GoogleStub]:
+    with GoogleStub().serving() as stub:
         yield stub
     assert stub.broken == []
 

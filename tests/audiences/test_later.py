@@ -20,19 +20,13 @@ from audiences.ledger import DAY_MS, Known, Ledger
 from audiences.stage import Staged
 from tests.audiences.people import People, Somebody, hashed, key_of
 from tests.audiences.postgres import both
-from tests.audiences.stubs.google import GoogleStub, certificate, serving, write_authority
+from tests.audiences.stubs.google import GoogleStub
+
+pytestmark = pytest.mark.usefixtures("trusted")
 
 SENDING = Sending(patience_s=0.3, first_wait_s=0.05, longest_wait_s=0.05)
 FAILED = "INSUFFICIENT_TRANSACTIONS"  # a reason that Google's enumeration has
 ANNA, BERT, CARL, DORA = (Somebody(name) for name in ("anna", "bert", "carl", "dora"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def trusted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        path = write_authority(tmp_path_factory.mktemp("authority"), certificate())
-        patch.setenv("GRPC_DEFAULT_SSL_ROOTS_FILE_PATH", str(path))
-        yield
 
 
 class Killed(BaseException):
@@ -88,7 +82,7 @@ class Account:
 
 @pytest.fixture
 def account(ledger: Ledger) -> Iterator[Account]:
-    with serving(GoogleStub(), certificate()) as stub:
+    with GoogleStub().serving() as stub:
         stub.requests_a_minute = None  # the test is faster than its clock
         yield Account(stub, ledger)
         assert stub.broken == []

@@ -23,11 +23,13 @@ from service import consent, identity
 from service.embedded import EmbeddedServer
 from tests.audiences.people import key_of
 from tests.audiences.receiving import SECRET, Receiving
-from tests.audiences.stubs import google as google_stub
 from tests.audiences.stubs import hubspot as hubspot_stub
 from tests.audiences.stubs import klaviyo as klaviyo_stub
 from tests.audiences.stubs import meta as meta_stub
+from tests.audiences.stubs.google import GoogleStub
 from tests.conftest import MakeSettings
+
+pytestmark = pytest.mark.usefixtures("trusted")
 
 SENDING: Final = Sending(patience_s=10, first_wait_s=0.01, longest_wait_s=0.05)
 PURPOSES: Final = ("ads", "email", "crm")
@@ -97,14 +99,6 @@ def shop(make_settings: MakeSettings, embedded_server: EmbeddedServer, ledger: L
     return found
 
 
-@pytest.fixture(scope="module", autouse=True)
-def trusted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        path = google_stub.write_authority(tmp_path_factory.mktemp("authority"), google_stub.certificate())
-        patch.setenv("GRPC_DEFAULT_SSL_ROOTS_FILE_PATH", str(path))
-        yield
-
-
 def at_files(stack: ExitStack, directory: Path) -> tuple[Destination, Holds]:
     options = {"url": str(directory / "out"), "purpose": "crm", "format": "ndjson", "changes": False}
     built = files.build("ours", files.Options.model_validate(options))
@@ -120,7 +114,7 @@ def at_webhook(stack: ExitStack, directory: Path) -> tuple[Destination, Holds]:
 
 
 def at_google(stack: ExitStack, directory: Path) -> tuple[Destination, Holds]:
-    stub = stack.enter_context(google_stub.serving(google_stub.GoogleStub(), google_stub.certificate()))
+    stub = stack.enter_context(GoogleStub().serving())
     stack.callback(lambda: _unbroken(stub.broken))
     options = stub.options
     return google.build("ours", google.Options.model_validate(options)), lambda: str(stub.members)

@@ -20,10 +20,12 @@ from audiences.destinations import google, meta
 from audiences.destinations.protocol import Busy, Destination, Limits, Outcome, Person, Purpose
 from audiences.destinations.registry import Sending
 from audiences.wanted import Candidate
-from tests.audiences.stubs import google as google_stub
+from tests.audiences.stubs import googleapis
 from tests.audiences.stubs import meta as meta_stub
-from tests.audiences.stubs.google import GoogleStub, certificate, write_authority
+from tests.audiences.stubs.google import GoogleStub
 from tests.audiences.stubs.meta import MetaStub
+
+pytestmark = pytest.mark.usefixtures("trusted")
 
 Identifier = tuple[str, str]
 FORMS = (*google.FIELDS, *meta.KEYS)
@@ -33,16 +35,6 @@ KILLS = 30  # at each platform; each costs fifty milliseconds, most of them the 
 
 def sha(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def trusted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[google_stub.Certificate]:
-    made = certificate()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(
-            "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH", str(write_authority(tmp_path_factory.mktemp("authority"), made))
-        )
-        yield made
 
 
 class Killed(BaseException):
@@ -165,7 +157,7 @@ class Google(Platform):
     def fail(self, dice: random.Random) -> None:
         method = dice.choice(["CreateOfflineUserDataJob", "AddOfflineUserDataJobOperations", "RunOfflineUserDataJob"])
         code = dice.choice([grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL, grpc.StatusCode.RESOURCE_EXHAUSTED])
-        self.stub.faults.append(google_stub.Fault(method, code, after=dice.random() < 0.5))
+        self.stub.faults.append(googleapis.Fault(method, code, after=dice.random() < 0.5))
 
     def build(self) -> Any:
         given = self.stub.options
@@ -208,11 +200,11 @@ class Facebook(Platform):
 
 
 @pytest.fixture(params=["google", "meta"])
-def platform(request: pytest.FixtureRequest, trusted: google_stub.Certificate) -> Iterator[Platform]:
+def platform(request: pytest.FixtureRequest) -> Iterator[Platform]:
     with ExitStack() as stack:
         stub: Any
         if request.param == "google":
-            stub = stack.enter_context(google_stub.serving(GoogleStub(), trusted))
+            stub = stack.enter_context(GoogleStub().serving())
             yield Google(stub)
         else:
             stub = stack.enter_context(meta_stub.serving(MetaStub()))
@@ -266,16 +258,14 @@ def test_members_whom_a_platform_refuses_are_told_and_not_sent_again(platform: P
     assert platform.held("champions") == {(platform.names[form], sha(name)) for name in ("a", "c")}
 
 
-def test_a_withdrawal_waits_until_google_worked_off_the_additions(
-    trusted: google_stub.Certificate, tmp_path: Path
-) -> None:
+def test_a_withdrawal_waits_until_google_worked_off_the_additions(tmp_path: Path) -> None:
     world = World(random.Random(2))
     nobody: dict[str, tuple[str, ...]] = dict.fromkeys(FORMS, ())
     world.visitors["a"] = ({**nobody, "google.email": (sha("a"),)}, True, frozenset({"champions"}))
     world.visitors["b"] = ({**nobody, "google.email": (sha("b"),)}, True, frozenset({"champions"}))
     patient = Sending(patience_s=0.2, first_wait_s=0.05, longest_wait_s=0.05)
     with (
-        google_stub.serving(GoogleStub(), trusted) as stub,
+        GoogleStub().serving() as stub,
         ledger.opened(f"sqlite:///{tmp_path}/ledger.db") as books,
     ):
         platform = Google(stub)

@@ -1,34 +1,15 @@
-"""Owns a strict stand-in for Google Ads: gRPC over TLS on loopback, with the package's own messages.
-
-It holds lists, jobs and who is on which list. It answers a broken rule as Google does and writes it down in `broken`;
-the fixture that starts it fails the test that left anything there. A fault is what Google may do of itself.
-"""
+"""Owns a strict stand-in for Google Ads, with the package's own messages: it holds lists, jobs and members."""
 
 from __future__ import annotations
 
 import datetime as dt
-import ipaddress
-import json
 import re
 import secrets
-import threading
-import time
-from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from typing import Any, Final, NamedTuple, NoReturn
-from urllib.parse import parse_qs
+from typing import Any, Final, NoReturn
 
 import grpc
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from google.ads.googleads.v26.enums.types.consent_status import ConsentStatusEnum
 from google.ads.googleads.v26.enums.types.customer_match_upload_key_type import CustomerMatchUploadKeyTypeEnum
 from google.ads.googleads.v26.enums.types.offline_user_data_job_failure_reason import (
@@ -52,8 +33,10 @@ from google.protobuf import any_pb2
 from google.rpc import status_pb2
 from pydantic import SecretStr
 
+from tests.audiences.stubs import googleapis
+from tests.audiences.stubs.googleapis import Fault, GoogleApi, Identifier, Trailing
+
 FAILURE: Final = "google.ads.googleads.v26.errors.googleadsfailure-bin"
-SERVICES: Final = "google.ads.googleads.v26.services"
 MEMBERS: Final = 10_000
 IDENTIFIERS_OF_A_REQUEST: Final = 100_000
 IDENTIFIERS_OF_AN_OPERATION: Final = 20
@@ -68,16 +51,17 @@ RESOURCES: Final[Mapping[str, type[Any]]] = {
     "offline_user_data_job": OfflineUserDataJob,
 }
 
-Identifier = tuple[str, str]  # the field of UserIdentifier, and the hash
 
-
-class Wrong(Exception):
-    """What is answered in the place of a result."""
+class Wrong(googleapis.Wrong):
+    """An error of Google Ads."""
 
     def __init__(self, code: grpc.StatusCode, kind: str, name: str, message: str = "", delay_s: float = 0) -> None:
-        super().__init__(f"{kind}.{name}: {message}")
-        self.code = code
+        super().__init__(code, f"{kind}.{name}: {message}")
         self.error = error_of(kind, name, message, delay_s)
+
+    def trailing(self, request_id: str) -> Trailing:
+        failure = GoogleAdsFailure(errors=[self.error], request_id=request_id)
+        return [(FAILURE, GoogleAdsFailure.serialize(failure))]
 
 
 def error_of(kind: str, name: str, message: str = "", delay_s: float = 0, path: Sequence[Any] = ()) -> GoogleAdsError:
@@ -95,19 +79,6 @@ def error_of(kind: str, name: str, message: str = "", delay_s: float = 0, path: 
 
 
 @dataclass
-class Fault:
-    """What the next request to a method gets."""
-
-    method: str
-    code: grpc.StatusCode
-    kind: str | None = None  # none: an error of the network, without words of Google Ads
-    name: str = ""
-    delay_s: float = 0
-    after: bool = False  # the request is carried out, and its answer lost
-    sleep_s: float = 0
-
-
-@dataclass
 class JobState:
     number: int
     list_id: str
@@ -116,97 +87,31 @@ class JobState:
     status: int = STATUS.PENDING
     reason: int = REASON.UNSPECIFIED
     removing: bool | None = None
-    operations: list[tuple[bool, list[Identifier]]] = field(default_factory=list)
+    operations: list[list[Identifier]] = field(default_factory=list)
 
 
-class Certificate(NamedTuple):
-    """One authority and one server, made for this process."""
-
-    authority: bytes
-    chain: bytes
-    key: bytes
-
-
-@cache
-def certificate() -> Certificate:
-    """A certificate for localhost, and its authority: one a process, since gRPC reads authorities once a process."""
-    now = dt.datetime.now(dt.UTC)
-
-    def signed(
-        subject: str, key: ec.EllipticCurvePrivateKey, issuer: str, by: ec.EllipticCurvePrivateKey, authority: bool
-    ) -> x509.Certificate:
-        builder = (
-            x509.CertificateBuilder()
-            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)]))
-            .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer)]))
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - dt.timedelta(hours=1))
-            .not_valid_after(now + dt.timedelta(days=1))
-            .add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
-        )
-        if not authority:
-            names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-            builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
-        return builder.sign(by, hashes.SHA256())
-
-    root, leaf = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-    authority = signed("stub authority", root, "stub authority", root, True)
-    chain = signed("localhost", leaf, "stub authority", root, False)
-    pem = serialization.Encoding.PEM
-    return Certificate(
-        authority.public_bytes(pem),
-        chain.public_bytes(pem),
-        leaf.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()),
-    )
-
-
-class GoogleStub:
+class GoogleStub(GoogleApi):
     """One account. Everything that a test may look at or set is an attribute."""
 
+    package = "google.ads.googleads.v26.services"
+    client = "gccl/"
+
     def __init__(self) -> None:
-        self.customer_id = "1234567890"
-        self.login_customer_id = "9876543210"
+        super().__init__()
         self.developer_token = "developer-" + secrets.token_hex(8)
-        self.client_id = "client-" + secrets.token_hex(4)
-        self.client_secret = "secret-" + secrets.token_hex(8)
-        self.refresh_token = "refresh-" + secrets.token_hex(8)
-        self.tokens_s: dict[str, float] = {}  # given, and until when they hold
-        self.token_life_s = 3600.0
-        self.broken: list[str] = []
-        self.faults: deque[Fault] = deque()
-        self.calls: list[str] = []
-        self.asked_s: deque[float] = deque()
-        self.requests_a_minute: int | None = 300
-        self.page = 2
         self.lists: dict[str, UserList] = {}
-        self.members: dict[str, set[Identifier]] = {}
-        self.day = 0.0  # of the account's clock
-        self.added: dict[tuple[str, Identifier], float] = {}  # the day on which somebody was added last
         self.jobs: dict[str, JobState] = {}
-        self.before: dict[str, Callable[[], Any]] = {}  # what happens once, right before a method is answered
-        self.hold = False  # jobs stay RUNNING until `finish`
         self.refuse: set[str] = set()  # hashes whose operation fails
         self.refuse_as = ("offline_user_data_job_error", "MISSING_USER_IDENTIFIER")
-        self.endpoint = ""
-        self.token_url = ""
-        self._lock = threading.RLock()
 
     # --- what tests do ---
 
     @property
     def options(self) -> dict[str, Any]:
-        """How a destination reaches it."""
-        return {
-            "customer_id": self.customer_id,
-            "login_customer_id": self.login_customer_id,
-            "developer_token": SecretStr(self.developer_token),
-            "client_id": self.client_id,
-            "client_secret": SecretStr(self.client_secret),
-            "refresh_token": SecretStr(self.refresh_token),
-            "endpoint": self.endpoint,
-            "token_url": self.token_url,
-        }
+        return super().options | {"developer_token": SecretStr(self.developer_token)}
+
+    def stay_days(self, name: str) -> float:
+        return float(self.lists[name].membership_life_span)
 
     def list_named(self, name: str) -> str:
         (found,) = [one.resource_name for one in self.lists.values() if one.name == name]
@@ -222,14 +127,6 @@ class GoogleStub:
             for job in self.jobs.values():
                 if job.status == STATUS.RUNNING and (jobs is None or job.number in jobs):
                     self._work_off(job, fail, share)
-
-    def pass_days(self, days: float) -> None:
-        """Let time pass: who was not added again stays no longer than the list says."""
-        with self._lock:
-            self.day += days
-            for name, held in self.members.items():
-                stay = self.lists[name].membership_life_span
-                held -= {one for one in held if self.day - self.added[name, one] >= stay}
 
     def put(self, name: str, **changes: Any) -> str:
         """A list that is there already."""
@@ -260,27 +157,22 @@ class GoogleStub:
     def _refuse_request(self, kind: str, name: str, message: str) -> NoReturn:
         self._break(grpc.StatusCode.INVALID_ARGUMENT, kind, name, message)
 
-    def _admit(self, method: str, context: grpc.ServicerContext) -> None:
+    def admit(self, method: str, context: grpc.ServicerContext) -> None:
+        super().admit(method, context)
         metadata = dict(context.invocation_metadata())
-        token = str(metadata.get("authorization", "")).removeprefix("Bearer ")
-        if self.tokens_s.get(token, 0) < time.monotonic():
+        if self.token_of(context) is None:
             self._break(grpc.StatusCode.UNAUTHENTICATED, "authentication_error", "OAUTH_TOKEN_INVALID", method)
         if metadata.get("developer-token") != self.developer_token:
             self._break(grpc.StatusCode.UNAUTHENTICATED, "authentication_error", "DEVELOPER_TOKEN_INVALID", method)
         if metadata.get("login-customer-id") != self.login_customer_id:
             self._break(grpc.StatusCode.PERMISSION_DENIED, "authorization_error", "USER_PERMISSION_DENIED", method)
-        if "gccl/" not in str(metadata.get("x-goog-api-client", "")):
-            self.broken.append(f"{method}: not asked by the official client")
-        left_s = context.time_remaining()
-        if left_s is None or left_s > 3600:
-            self.broken.append(f"{method}: asked without a deadline")
-        now_s = time.monotonic()
-        self.asked_s.append(now_s)
-        while self.asked_s[0] < now_s - 60:
-            self.asked_s.popleft()
-        if self.requests_a_minute and len(self.asked_s) > self.requests_a_minute:
-            self.broken.append(f"{method}: {len(self.asked_s)} requests in a minute")
+        if self.is_too_many(method):
             raise Wrong(grpc.StatusCode.RESOURCE_EXHAUSTED, "quota_error", "RESOURCE_TEMPORARILY_EXHAUSTED", delay_s=30)
+
+    def wrong_of(self, fault: Fault) -> googleapis.Wrong:
+        if fault.kind is None:
+            return googleapis.Wrong(fault.code, "a fault of the test's")
+        return Wrong(fault.code, fault.kind, fault.name, delay_s=fault.delay_s)
 
     def _account(self, customer_id: str) -> None:
         if customer_id != self.customer_id:
@@ -369,7 +261,7 @@ class GoogleStub:
             wrong = self._wrong_operation(data, place, "remove" if removing else "create")
             if wrong is None:
                 identifiers = [(one.WhichOneof("identifier"), self._value(one)) for one in data.user_identifiers]
-                job.operations.append((removing, identifiers))
+                job.operations.append(identifiers)
             else:
                 errors.append(wrong)
         response = offline_user_data_job_service.AddOfflineUserDataJobOperationsResponse()
@@ -427,11 +319,8 @@ class GoogleStub:
         job.status = STATUS.FAILED if fail else STATUS.SUCCESS
         if fail:
             job.reason = getattr(REASON, fail)
-        held = self.members[job.list_id]
         done = round(len(job.operations) * share) if fail else len(job.operations)
-        for removing, identifiers in job.operations[:done]:
-            (held.difference_update if removing else held.update)(identifiers)
-            self.added.update({(job.list_id, one): self.day for one in identifiers})
+        self.change(job.list_id, bool(job.removing), job.operations[:done])
 
     # --- GoogleAdsService ---
 
@@ -510,47 +399,9 @@ class GoogleStub:
 
     # --- serving ---
 
-    def _handler(self, method: str, answer: Callable[[Any], Any], kind: type[Any]) -> grpc.RpcMethodHandler:
-        def handle(request: Any, context: grpc.ServicerContext) -> Any:
-            trailing: list[tuple[str, Any]] = [("request-id", f"request-{len(self.calls)}")]
-            with self._lock:
-                self.calls.append(method)
-                fault = self.faults[0] if self.faults and self.faults[0].method == method else None
-                if fault:
-                    self.faults.popleft()
-                try:
-                    self._admit(method, context)
-                    self.before.pop(method, lambda: None)()
-                    response = None if fault and not fault.after else answer(request)
-                except Wrong as wrong:
-                    failure = GoogleAdsFailure(errors=[wrong.error], request_id=trailing[0][1])
-                    context.set_trailing_metadata((*trailing, (FAILURE, GoogleAdsFailure.serialize(failure))))
-                    context.abort(wrong.code, str(wrong))
-                except Exception as error:  # a bug of the stub must not look like one of Google's errors
-                    self.broken.append(f"{method}: the stub failed: {error!r}")
-                    raise
-            if fault:
-                time.sleep(fault.sleep_s)
-                if fault.kind:
-                    failure = GoogleAdsFailure(errors=[error_of(fault.kind, fault.name, delay_s=fault.delay_s)])
-                    trailing.append((FAILURE, GoogleAdsFailure.serialize(failure)))
-                context.set_trailing_metadata(trailing)
-                if fault.code != grpc.StatusCode.OK:
-                    context.abort(fault.code, "a fault of the test's")
-                response = response if response is not None else answer(request)
-            context.set_trailing_metadata(trailing)
-            return response
-
-        def serialize(message: Any) -> bytes:
-            return bytes(
-                type(message).serialize(message) if hasattr(type(message), "pb") else message.SerializeToString()
-            )
-
-        return grpc.unary_unary_rpc_method_handler(handle, kind.deserialize, serialize)
-
-    def handlers(self) -> list[grpc.GenericRpcHandler]:
+    def methods(self) -> Mapping[str, Mapping[str, tuple[Callable[[Any], Any], type[Any]]]]:
         jobs, lists = offline_user_data_job_service, user_list_service
-        methods: dict[str, dict[str, tuple[Callable[[Any], Any], type[Any]]]] = {
+        return {
             "UserListService": {"MutateUserLists": (self.mutate_user_lists, lists.MutateUserListsRequest)},
             "GoogleAdsService": {"Search": (self.search, google_ads_service.SearchGoogleAdsRequest)},
             "OfflineUserDataJobService": {
@@ -565,71 +416,3 @@ class GoogleStub:
                 "RunOfflineUserDataJob": (self.run_offline_user_data_job, jobs.RunOfflineUserDataJobRequest),
             },
         }
-        return [
-            grpc.method_handlers_generic_handler(
-                f"{SERVICES}.{service}",
-                {name: self._handler(name, answer, kind) for name, (answer, kind) in named.items()},
-            )
-            for service, named in methods.items()
-        ]
-
-    def token(self, form: Mapping[str, list[str]]) -> tuple[int, dict[str, Any]]:
-        """What OAuth's address for tokens answers."""
-        wanted = {
-            "grant_type": "refresh_token",
-            "client_id": self.client_id,
-            "client_secret": self.client_secret,
-            "refresh_token": self.refresh_token,
-        }
-        wrong = [name for name, value in wanted.items() if form.get(name) != [value]]
-        if wrong:
-            return 400, {"error": "invalid_grant", "error_description": "Token has been expired or revoked."}
-        token = "access-" + secrets.token_hex(8)
-        self.tokens_s[token] = time.monotonic() + self.token_life_s
-        return 200, {"access_token": token, "expires_in": int(self.token_life_s), "token_type": "Bearer"}
-
-
-@contextmanager
-def serving(stub: GoogleStub, server_certificate: Certificate) -> Iterator[GoogleStub]:
-    """Serve a stub on two ports of loopback: the API by gRPC over TLS, and OAuth by HTTP."""
-
-    class Tokens(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:  # noqa: N802  the name that http.server looks for
-            body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-            status, answer = stub.token(parse_qs(body))
-            raw = json.dumps(answer).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(raw)))
-            self.end_headers()
-            self.wfile.write(raw)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            """Say nothing."""
-
-    pool = ThreadPoolExecutor(4)
-    server = grpc.server(pool, options=[("grpc.max_receive_message_length", 64 * 1024 * 1024)])
-    server.add_generic_rpc_handlers(stub.handlers())
-    credentials = grpc.ssl_server_credentials([(server_certificate.key, server_certificate.chain)])
-    port = server.add_secure_port("127.0.0.1:0", credentials)
-    tokens = ThreadingHTTPServer(("127.0.0.1", 0), Tokens)
-    thread = threading.Thread(target=tokens.serve_forever, args=(0.02,), daemon=True)
-    stub.endpoint = f"localhost:{port}"
-    stub.token_url = f"http://127.0.0.1:{tokens.server_address[1]}/token"
-    server.start()
-    thread.start()
-    try:
-        yield stub
-    finally:
-        server.stop(0).wait()
-        pool.shutdown()
-        tokens.shutdown()
-        tokens.server_close()
-        thread.join()
-
-
-def write_authority(directory: Path, made: Certificate) -> Path:
-    """The authority as a file: the client has no argument for it, but its gRPC reads one the environment names."""
-    path = directory / "authority.pem"
-    path.write_bytes(made.authority)
-    return path
