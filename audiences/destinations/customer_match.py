@@ -14,11 +14,12 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from audiences.destinations import options as base
 from audiences.destinations.options import Secret
-from audiences.destinations.protocol import Busy, Outcome, Person, Rejected
+from audiences.destinations.protocol import Busy, Outcome, Person, Purpose, Rejected
 from service.core.errors import PropensityError
 
 LONGEST_STAY_DAYS: Final = 540
 DAY_MS: Final = 86_400_000
+BUSY: Final = {"UNAVAILABLE", "RESOURCE_EXHAUSTED", "INTERNAL", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "UNKNOWN"}
 HASH: Final = re.compile(r"[0-9a-f]{64}")
 DESCRIPTION: Final = "Kept in step by Propensity; changes made by hand are overwritten."  # of a list
 
@@ -101,18 +102,6 @@ def credentials(name: str, options: Options, scope: str) -> Any:
         ) from None
 
 
-def refresh(credentials: Any, timeout_s: float) -> None:
-    """Get an access token where there is none that holds, ahead of a request.
-
-    Inside a request of gRPC a refused refresh could not be told from a broken network. Raises Busy and Rejected.
-    """
-    from google.auth.transport.requests import Request
-
-    if not credentials.valid:
-        with _told():
-            credentials.refresh(partial(Request(), timeout=timeout_s))
-
-
 @contextmanager
 def _told() -> Iterator[None]:
     from google.auth.exceptions import GoogleAuthError, TransportError
@@ -126,6 +115,78 @@ def _told() -> Iterator[None]:
         if error.retryable:
             raise Busy(f"Google gives no access token just now: {words}") from None
         raise Rejected(f"Google gives no access token: {words}; renew the refresh token or the key file") from None
+
+
+# --- lists ---
+
+
+class CustomerMatch:
+    """Customer Match lists of one account, by one of the APIs.
+
+    One object serves one synchronisation, which sends nobody twice: what it sends cannot undo each other.
+    """
+
+    purpose = Purpose.ADS
+    fields: tuple[str, ...] = ()
+
+    def __init__(self, name: str, options: Options, credentials: Any) -> None:
+        self.name = name
+        self.keeps_ms = options.membership_days * DAY_MS
+        self._credentials = credentials
+        self._options = options
+
+    def open(self, audience: str) -> str:
+        """The resource name of the list called prefix + audience."""
+        name = self._options.prefix + audience
+        if found := self._found(name):
+            return found
+        try:
+            return self._made(name)
+        except Rejected:
+            # Another synchronisation may have made it meanwhile: names are unique in an account.
+            if found := self._found(name):
+                return found
+            raise
+
+    def add(self, list_id: str, people: Sequence[Person], batch: str) -> Sequence[Outcome]:
+        """Upload people, with their consent to both uses that Google asks about."""
+        return self._upload(list_id, people, removing=False)
+
+    def remove(self, list_id: str, people: Sequence[Person], batch: str) -> Sequence[Outcome]:
+        """Take the identifiers of people off the list."""
+        return self._upload(list_id, people, removing=True)
+
+    def _found(self, name: str) -> str | None:
+        """The resource name of the list of a name, None where there is none. Raises Rejected where it is of no use."""
+        raise NotImplementedError
+
+    def _made(self, name: str) -> str:
+        """The resource name of a list that is made."""
+        raise NotImplementedError
+
+    def _upload(self, list_id: str, people: Sequence[Person], *, removing: bool) -> Sequence[Outcome]:
+        """Send people, and tell how it stands."""
+        raise NotImplementedError
+
+    def _refresh(self) -> None:
+        """Get an access token where there is none that holds, ahead of a request. Raises Busy and Rejected.
+
+        Inside a request of gRPC a refused refresh could not be told from a broken network.
+        """
+        from google.auth.transport.requests import Request
+
+        if not self._credentials.valid:
+            with _told():
+                self._credentials.refresh(partial(Request(), timeout=self._options.timeout_s))
+
+    def _usable(self, name: str, resource: str, days: int) -> str:
+        """The resource name of a list that is there, whose members must be sent again before it drops them."""
+        if days < self._options.membership_days:
+            raise Rejected(
+                f"Google Ads has a list {name!r} whose members stay for {days} days; "
+                f"set membership_days: {days}, or change the list in Google Ads"
+            )
+        return resource
 
 
 # --- people ---
@@ -166,14 +227,6 @@ def settled(
     """
     done = taken - set(refused) if removing else taken
     return [outcome if place in done else refused[place] for place in range(count)]
-
-
-def stays_too_short(name: str, days: int) -> Rejected:
-    """Of a list that is there: members must be sent again before it drops them."""
-    return Rejected(
-        f"Google Ads has a list {name!r} whose members stay for {days} days; "
-        f"set membership_days: {days}, or change the list in Google Ads"
-    )
 
 
 def takes_no_contacts(name: str) -> Rejected:

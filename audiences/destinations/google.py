@@ -19,17 +19,17 @@ from pydantic import Field
 
 from audiences.destinations import customer_match
 from audiences.destinations.customer_match import (
-    DAY_MS,
+    BUSY,
     DESCRIPTION,
+    CustomerMatch,
     Upload,
     name_of,
     settled,
-    stays_too_short,
     takes_no_contacts,
     uploads,
 )
 from audiences.destinations.options import Secret
-from audiences.destinations.protocol import Busy, DestinationError, Limits, Outcome, Person, Purpose, Rejected
+from audiences.destinations.protocol import Busy, DestinationError, Limits, Outcome, Person, Rejected
 from service.core.errors import PropensityError
 
 VERSION: Final = "v26"  # of the API; each lives for about a year, and the client has the modules of four
@@ -40,7 +40,6 @@ IDENTIFIERS_OF_AN_OPERATION: Final = 20
 REQUESTS_A_MINUTE: Final = 300
 REQUESTS_OF_A_BATCH: Final = 10  # a job is made, filled in one to seven requests, and run; and one look at other jobs
 FIELDS: Final = {"google.email": "hashed_email", "google.phone": "hashed_phone_number"}  # of UserIdentifier
-BUSY: Final = {"UNAVAILABLE", "RESOURCE_EXHAUSTED", "INTERNAL", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "UNKNOWN"}
 PASSING: Final = {  # errors that pass by themselves, whatever status they come with
     "database_error": {"CONCURRENT_MODIFICATION"},
     "internal_error": {"INTERNAL_ERROR", "TRANSIENT_ERROR", "DEADLINE_EXCEEDED"},
@@ -92,7 +91,8 @@ def build(name: str, options: Options) -> GoogleAds:
             "install it with pip install 'propensity[google-ads]'"
         ) from None
     # At INFO and DEBUG the client logs whole requests, hashes included; what its warnings say our errors say.
-    logging.getLogger("google.ads.googleads.client").setLevel(logging.CRITICAL)
+    for logger in ("google.ads.googleads.client", f"google.ads.googleads.{VERSION}"):
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
     credentials = customer_match.credentials(name, options, SCOPE)
     client = GoogleAdsClient(
         credentials=credentials,
@@ -105,41 +105,19 @@ def build(name: str, options: Options) -> GoogleAds:
     return GoogleAds(name, options, client, credentials)
 
 
-class GoogleAds:
-    """Customer Match lists of one account.
+class GoogleAds(CustomerMatch):
+    """By the Google Ads API: a job of its own for each batch."""
 
-    One object serves one synchronisation, which sends nobody twice: jobs of its own cannot undo each other.
-    """
-
-    purpose = Purpose.ADS
     limits = Limits(MEMBERS, REQUESTS_A_MINUTE // REQUESTS_OF_A_BATCH, 60.0)
     forms: tuple[str, ...] = tuple(FIELDS)
-    fields: tuple[str, ...] = ()
 
     def __init__(self, name: str, options: Options, client: Any, credentials: Any) -> None:
-        self.name = name
-        self.keeps_ms = options.membership_days * DAY_MS
-        self._options = options
+        super().__init__(name, options, credentials)
+        self._wait_s = options.wait_s
         self._client = client
-        self._credentials = credentials
         self._services: dict[str, Any] = {}
         self._jobs: set[int] = set()  # of this synchronisation
         self._clear: set[tuple[str, bool]] = set()  # lists and directions that no job from before can overtake
-
-    # --- the protocol ---
-
-    def open(self, audience: str) -> str:
-        """The resource name of the list called prefix + audience."""
-        name = self._options.prefix + audience
-        return self._found(name) or self._made(name)
-
-    def add(self, list_id: str, people: Sequence[Person], batch: str) -> Sequence[Outcome]:
-        """Upload people in a job of their own, with their consent to both uses that Google asks about."""
-        return self._upload(list_id, people, removing=False)
-
-    def remove(self, list_id: str, people: Sequence[Person], batch: str) -> Sequence[Outcome]:
-        """Take the identifiers of people off the list in a job of their own."""
-        return self._upload(list_id, people, removing=True)
 
     def review(self, answers: Sequence[str]) -> Sequence[Outcome | None]:
         """What became of answers that named a job under way, in their order; None where that is not known yet."""
@@ -176,9 +154,7 @@ class GoogleAds:
                 one.crm_based_user_list.upload_key_type == enums.CustomerMatchUploadKeyTypeEnum.CONTACT_INFO
             )
             if is_contacts and one.membership_status == enums.UserListMembershipStatusEnum.OPEN:
-                if one.membership_life_span < self._options.membership_days:
-                    raise stays_too_short(name, one.membership_life_span)
-                return str(one.resource_name)
+                return self._usable(name, str(one.resource_name), one.membership_life_span)
         raise takes_no_contacts(name)
 
     def _made(self, name: str) -> str:
@@ -189,13 +165,7 @@ class GoogleAds:
         made.description = DESCRIPTION
         made.membership_life_span = self._options.membership_days
         made.crm_based_user_list.upload_key_type = self._client.enums.CustomerMatchUploadKeyTypeEnum.CONTACT_INFO
-        try:
-            response = self._call("UserListService", "mutate_user_lists", request)
-        except Rejected:
-            # Another synchronisation may have made it meanwhile: names are unique in an account.
-            if found := self._found(name):
-                return found
-            raise
+        response = self._call("UserListService", "mutate_user_lists", request)
         return str(response.results[0].resource_name)
 
     # --- members ---
@@ -291,7 +261,7 @@ class GoogleAds:
         started = time.monotonic()
         pause_s = 1.0
         job = Job(number, "", 0, "RUNNING", "")
-        while (left_s := self._options.wait_s - (time.monotonic() - started)) > 0:
+        while (left_s := self._wait_s - (time.monotonic() - started)) > 0:
             time.sleep(min(pause_s, left_s))
             pause_s = min(2 * pause_s, 60.0)
             job = next(iter(self._jobs_where(f"offline_user_data_job.id = {number}")), job)
@@ -332,7 +302,7 @@ class GoogleAds:
     def _call(self, service: str, method: str, request: Any) -> Any:
         """One request, not tried again here, with a deadline: left to itself the client has none."""
         with _told():
-            customer_match.refresh(self._credentials, self._options.timeout_s)
+            self._refresh()
             if service not in self._services:
                 self._services[service] = self._client.get_service(service)
             return getattr(self._services[service], method)(

@@ -41,6 +41,7 @@ KINDS: Final[Mapping[str, Kind]] = {
     "files": Kind("audiences.destinations.files", "audiences"),
     "webhook": Kind("audiences.destinations.webhook", "audiences"),
     "google-ads": Kind("audiences.destinations.google", "google-ads"),
+    "google-data-manager": Kind("audiences.destinations.data_manager", "google-data-manager"),
     "meta": Kind("audiences.destinations.meta", "meta"),
     "hubspot": Kind("audiences.destinations.hubspot", "hubspot"),
     "klaviyo": Kind("audiences.destinations.klaviyo", "klaviyo"),

@@ -18,6 +18,21 @@ def hashed(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def person(number: int, emails: int = 1, phones: int = 0) -> Person:
+    """Somebody with so many addresses and numbers, and an address of which Google is not told."""
+    identifiers = {
+        "google.email": tuple(sorted(hashed(f"{number}-{one}@example.com") for one in range(emails))),
+        "google.phone": tuple(sorted(hashed(f"+1555{number:07}{one}") for one in range(phones))),
+        "meta.email": (hashed(f"meta {number}"),),
+    }
+    return Person(key_of(f"visitor-{number}"), {form: values for form, values in identifiers.items() if values})
+
+
+def identifiers(fields: Mapping[str, str], *people: Person) -> set[tuple[str, str]]:
+    """All that there is of people, under the names that a platform gives the forms."""
+    return {(fields[form], value) for one in people for form in fields for value in one.identifiers.get(form, ())}
+
+
 @dataclass
 class Somebody:
     """A visitor."""

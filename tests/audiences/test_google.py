@@ -2,55 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import sys
-import time
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from google.ads.googleads.v26.enums.types.offline_user_data_job_type import OfflineUserDataJobTypeEnum
 from google.ads.googleads.v26.enums.types.user_list_membership_status import UserListMembershipStatusEnum
 from grpc import StatusCode as Code
-from pydantic import SecretStr, ValidationError
+from pydantic import SecretStr
 
-from audiences.destinations import google, registry
-from audiences.destinations.google import GoogleAds, Options, build
-from audiences.destinations.protocol import Busy, Destination, Outcome, Person, Purpose, Rejected
-from service.core.errors import PropensityError
-from tests.audiences import documented
+from audiences.destinations import google
+from audiences.destinations.google import FIELDS, GoogleAds, Options, build
+from audiences.destinations.protocol import Busy, Outcome, Purpose, Rejected
+from tests.audiences.people import hashed, identifiers, person
 from tests.audiences.stubs.google import GoogleStub
 from tests.audiences.stubs.googleapis import Fault
 
 pytestmark = pytest.mark.usefixtures("trusted")
 
 ADD, CREATE, RUN = "AddOfflineUserDataJobOperations", "CreateOfflineUserDataJob", "RunOfflineUserDataJob"
-
-
-def sha(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def person(number: int, emails: int = 1, phones: int = 0) -> Person:
-    identifiers = {
-        "google.email": tuple(sorted(sha(f"{number}-{one}@example.com") for one in range(emails))),
-        "google.phone": tuple(sorted(sha(f"+1555{number:07}{one}") for one in range(phones))),
-        "meta.email": (sha(f"meta {number}"),),
-    }
-    return Person(sha(f"visitor-{number}"), {form: values for form, values in identifiers.items() if values})
-
-
-def identifiers(*people: Person) -> set[tuple[str, str]]:
-    return {
-        (field, value)
-        for one in people
-        for form, field in google.FIELDS.items()
-        for value in one.identifiers.get(form, ())
-    }
 
 
 @pytest.fixture
@@ -95,37 +66,6 @@ def test_a_check_tells_credentials_that_are_wrong(stub: GoogleStub) -> None:
 # --- lists ---
 
 
-def test_a_list_is_made_once_with_its_type_and_the_days_that_members_stay(stub: GoogleStub) -> None:
-    first = build("google", options(stub, membership_days=90)).open("champions")
-    # As after a kill between making and use.
-    assert build("google", options(stub, membership_days=90)).open("champions") == first
-    (only,) = stub.lists.values()
-    assert (only.name, only.membership_life_span) == ("Propensity champions", 90)
-    assert stub.calls.count("MutateUserLists") == 1
-
-
-def test_a_list_whose_members_would_be_gone_before_they_are_sent_again_is_refused(stub: GoogleStub) -> None:
-    stub.put("Propensity champions", membership_life_span=30)
-    with pytest.raises(Rejected, match="stay for 30 days; set membership_days: 30"):
-        build("google", options(stub)).open("champions")
-    ads = build("google", options(stub, membership_days=30))
-    assert ads.open("champions") == stub.list_named("Propensity champions")
-    assert ads.keeps_ms == 30 * 86_400_000
-
-
-def test_a_list_is_found_by_its_name_whatever_is_in_it(stub: GoogleStub, ads: GoogleAds) -> None:
-    for name in ("Propensity champions", "Propensity o'neill \\ sons"):
-        stub.put(name)
-    assert ads.open("o'neill \\ sons") == stub.list_named("Propensity o'neill \\ sons")
-    assert len(stub.lists) == 2
-
-
-def test_of_two_synchronisations_at_once_both_use_the_list_that_one_made(stub: GoogleStub, ads: GoogleAds) -> None:
-    stub.before["MutateUserLists"] = lambda: stub.put("Propensity champions")
-    assert ads.open("champions") == stub.list_named("Propensity champions")
-    assert stub.calls == ["Search", "MutateUserLists", "Search"]
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -144,45 +84,12 @@ def test_a_list_of_another_kind_or_a_closed_one_is_not_used(
 # --- members ---
 
 
-def test_members_are_those_wanted_after_additions_and_removals(stub: GoogleStub, ads: GoogleAds) -> None:
-    people = [person(1), person(2, emails=2, phones=1), person(3, emails=0, phones=2), person(4)]
-    champions = ads.open("champions")
-    added = ads.add(champions, people, "a")
-    assert [outcome.accepted for outcome in added] == [True] * 4
-    assert stub.members[champions] == identifiers(*people)
-    ads.remove(champions, [people[1], people[3]], "b")
-    assert stub.members[champions] == identifiers(people[0], people[2])
-
-
-def test_adding_and_removing_twice_changes_nothing(stub: GoogleStub, ads: GoogleAds) -> None:
-    champions = ads.open("champions")
-    for _ in range(2):
-        ads.add(champions, [person(1), person(1), person(2)], "a")
-    assert stub.members[champions] == identifiers(person(1), person(2))
-    for _ in range(2):
-        ads.remove(champions, [person(1), person(7)], "b")
-    assert stub.members[champions] == identifiers(person(2))
-
-
 def test_consent_goes_with_additions_and_not_with_removals(stub: GoogleStub, ads: GoogleAds) -> None:
     champions = ads.open("champions")
     ads.add(champions, [person(1)], "a")
     ads.remove(champions, [person(1)], "b")
     assert [(job.removing, *map(int, job.consent)) for job in stub.jobs.values()] == [(False, 2, 2), (True, 0, 0)]
     assert ads.purpose is Purpose.ADS
-
-
-def test_who_has_nothing_to_send_or_no_hash_is_not_sent_and_the_others_are(stub: GoogleStub, ads: GoogleAds) -> None:
-    raw = Person(sha("raw"), {"google.email": ("somebody@example.com",)})
-    upper = Person(sha("upper"), {"google.email": (sha("x").upper(),)})
-    without = Person(sha("none"), {"meta.email": (sha("m"),)})
-    champions = ads.open("champions")
-    outcomes = ads.add(champions, [raw, person(1), without, upper], "a")
-    assert [outcome.accepted for outcome in outcomes] == [False, True, False, False]
-    assert "64 lower-case hex" in outcomes[0].answer
-    assert "somebody" not in str(outcomes)
-    assert "google.email nor google.phone" in outcomes[2].answer
-    assert stub.members[champions] == identifiers(person(1))
 
 
 def test_partial_failures_are_told_in_the_order_of_the_people(stub: GoogleStub, ads: GoogleAds) -> None:
@@ -193,7 +100,7 @@ def test_partial_failures_are_told_in_the_order_of_the_people(stub: GoogleStub, 
     assert [place for place, outcome in enumerate(outcomes) if not outcome.accepted] == [2, 7]
     assert outcomes[2].answer.startswith("MISSING_USER_IDENTIFIER")
     assert outcomes[0].answer == "job 5000: RUNNING"
-    assert stub.members[champions] == identifiers(*people[:2], *people[3:7], people[8])
+    assert stub.members[champions] == identifiers(FIELDS, *people[:2], *people[3:7], people[8])
 
 
 def test_who_has_one_operation_in_the_job_is_a_member_and_removable(stub: GoogleStub, ads: GoogleAds) -> None:
@@ -238,7 +145,7 @@ def test_a_whole_batch_keeps_to_every_limit(stub: GoogleStub, ads: GoogleAds) ->
     outcomes = ads.add(champions, people, "a")
     assert len(outcomes) == ads.limits.members
     assert all(outcome.accepted for outcome in outcomes)
-    assert stub.members[champions] == identifiers(*people)
+    assert stub.members[champions] == identifiers(FIELDS, *people)
     asked = stub.calls[before:]
     assert asked.count(ADD) == 3  # 20,043 identifiers, 10,000 a request
     assert len(asked) <= google.REQUESTS_OF_A_BATCH
@@ -278,7 +185,7 @@ def test_a_job_that_fails_while_it_is_waited_for_is_tried_again(stub: GoogleStub
         ads.add(champions, [person(1)], "a")
     stub.hold = False
     assert ads.add(champions, [person(1)], "a")[0] == Outcome(True, "job 5001: SUCCESS")
-    assert stub.members[champions] == identifiers(person(1))
+    assert stub.members[champions] == identifiers(FIELDS, person(1))
 
 
 def test_a_wait_is_bounded(stub: GoogleStub) -> None:
@@ -338,7 +245,7 @@ def test_what_passes_is_busy_for_as_long_as_google_says(
     assert stub.calls.count(fault.method) <= 2  # it was not tried again here
     assert not stub.faults
     ads.add(champions, [person(1)], "a")
-    assert stub.members[champions] == identifiers(person(1))
+    assert stub.members[champions] == identifiers(FIELDS, person(1))
 
 
 @pytest.mark.parametrize(
@@ -359,128 +266,6 @@ def test_what_does_not_pass_is_rejected_with_googles_words(
     with pytest.raises(Rejected, match=f"{name}.*request-"):
         ads.add(champions, [person(1)], "a")
     assert stub.members[champions] == set()
-
-
-def test_no_answer_in_time_is_busy(stub: GoogleStub) -> None:
-    ads = build("google", options(stub, timeout_s=0.5))
-    champions = ads.open("champions")
-    stub.faults.append(Fault(ADD, Code.OK, after=True, sleep_s=3))
-    started_s = time.monotonic()
-    with pytest.raises(Busy, match="DEADLINE_EXCEEDED"):
-        ads.add(champions, [person(1)], "a")
-    assert time.monotonic() - started_s < 3
-
-
-def test_no_platform_at_all_is_busy(stub: GoogleStub) -> None:
-    with pytest.raises(Busy):
-        build("google", options(stub, endpoint="localhost:1", timeout_s=1)).open("champions")
-    with pytest.raises(Busy, match="access tokens does not answer"):
-        build("google", options(stub, token_url="http://127.0.0.1:1/token")).open("champions")
-
-
-# --- credentials and secrets ---
-
-
-def test_a_token_that_ran_out_is_refreshed(stub: GoogleStub, ads: GoogleAds) -> None:
-    champions = ads.open("champions")
-    (token,) = stub.tokens_s
-    ads._credentials.expiry = ads._credentials.expiry.replace(year=2000)
-    stub.tokens_s[token] = 0.0
-    ads.add(champions, [person(1)], "a")
-    assert len(stub.tokens_s) == 2
-
-
-def test_a_refresh_token_that_was_revoked_is_rejected_and_no_secret_is_told(
-    stub: GoogleStub, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
-) -> None:
-    caplog.set_level(logging.DEBUG)
-    given = options(stub, refresh_token=SecretStr("revoked-refresh-token"))
-    with pytest.raises(Rejected, match="invalid_grant.*renew the refresh token") as told:
-        build("google", given).open("champions")
-    words = "".join([str(told.value), repr(given), given.model_dump_json(), caplog.text, *capfd.readouterr()])
-    for secret in ("revoked-refresh-token", stub.client_secret, stub.developer_token):
-        assert secret not in words
-
-
-def test_nothing_that_was_sent_is_logged(
-    stub: GoogleStub, ads: GoogleAds, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
-) -> None:
-    caplog.set_level(logging.DEBUG)
-    champions = ads.open("champions")
-    ads.add(champions, [person(1)], "a")
-    stub.faults.append(Fault(ADD, Code.UNAVAILABLE))
-    with pytest.raises(Busy) as told:
-        ads.add(champions, [person(1)], "a")
-    words = "".join([str(told.value), caplog.text, *capfd.readouterr()])
-    for secret in (stub.developer_token, *stub.tokens_s, person(1).identifiers["google.email"][0]):
-        assert secret not in words
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"customer_id": "12345"}, "ten digits"),
-        ({"membership_days": 541}, "540"),
-        ({"token_url": "http://example.com/token"}, "https://"),
-        ({"client_secret": None}, "together"),
-        ({"key_file": "key.json"}, "either key_file or"),
-        ({"developer_token": "clear text"}, "no place for a secret"),
-        ({"budget": 1}, "budget"),
-    ],
-)
-def test_a_wrong_option_is_told(stub: GoogleStub, changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValidationError, match=words):
-        options(stub, **changes)
-
-
-@pytest.mark.parametrize("text", ["", "{}", None])
-def test_a_key_file_that_is_none_is_told(stub: GoogleStub, tmp_path: Path, text: str | None) -> None:
-    if text is not None:
-        (tmp_path / "key.json").write_text(text)
-    given = options(stub, client_id=None, client_secret=None, refresh_token=None, key_file=tmp_path / "key.json")
-    with pytest.raises(PropensityError, match="key_file"):
-        build("google", given)
-
-
-def test_without_the_extra_the_error_names_it(stub: GoogleStub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "google.ads.googleads.client", None)
-    with pytest.raises(PropensityError, match=r"propensity\[google-ads\]"):
-        build("google", options(stub))
-
-
-def test_the_file_of_destinations_builds_it(stub: GoogleStub) -> None:
-    document = {
-        "destinations": {
-            "search": {
-                "kind": "google-ads",
-                "customer_id": "123-456-7890",
-                "login_customer_id": 9876543210,
-                "developer_token": "${DEVELOPER_TOKEN}",
-                "client_id": stub.client_id,
-                "client_secret": "${CLIENT_SECRET}",
-                "refresh_token": "${REFRESH_TOKEN}",
-                "endpoint": stub.endpoint,
-                "token_url": stub.token_url,
-            }
-        }
-    }
-    environment = {
-        "DEVELOPER_TOKEN": stub.developer_token,
-        "CLIENT_SECRET": stub.client_secret,
-        "REFRESH_TOKEN": stub.refresh_token,
-    }
-    built = registry.read(yaml.safe_dump(document), "destinations.yaml", environment).destination("search").build()
-    own: Destination = build("search", options(stub))  # as mypy sees it, too
-    assert (built.name, built.forms) == (own.name, own.forms)
-    assert built.open("champions") == stub.list_named("Propensity champions")
-
-
-def test_the_page_describes_every_option_with_its_default_and_its_example_is_one() -> None:
-    assert documented.options("google-ads.md") == documented.defaults(Options)
-    (example,) = documented.examples("google-ads.md")
-    names = ("GOOGLE_ADS_DEVELOPER_TOKEN", "GOOGLE_ADS_CLIENT_SECRET", "GOOGLE_ADS_REFRESH_TOKEN")
-    entry = registry.read(example, "destinations.yaml", dict.fromkeys(names, "x")).destination("search")
-    Options.model_validate(dict(entry.options))
 
 
 # --- the stand-in is strict: each rule, broken on purpose ---
@@ -546,7 +331,7 @@ class Raw:
         self.ads._call("UserListService", "mutate_user_lists", request)
 
 
-OK: dict[str, Any] = {"identifiers": [("hashed_email", sha("a"))]}
+OK: dict[str, Any] = {"identifiers": [("hashed_email", hashed("a"))]}
 
 
 def filled(*operations: tuple[str, dict[str, Any]], consent: int = 2) -> Any:
@@ -571,11 +356,11 @@ def with_headers(**changes: str) -> Any:
 
 BREAKS: dict[str, Any] = {
     "INVALID_SHA256_FORMAT": filled(("create", {"identifiers": [("hashed_email", "somebody@example.com")]})),
-    "INVALID_SHA256_FORMAT: upper case": filled(("create", {"identifiers": [("hashed_email", sha("a").upper())]})),
+    "INVALID_SHA256_FORMAT: upper case": filled(("create", {"identifiers": [("hashed_email", hashed("a").upper())]})),
     "INCOMPATIBLE_UPLOAD_KEY_TYPE": filled(("create", {"identifiers": [("third_party_user_id", "visitor-1")]})),
     "MISSING_USER_IDENTIFIER": filled(("create", {})),
     "TOO_MANY_USER_IDENTIFIERS": filled(
-        ("create", {"identifiers": [("hashed_email", sha(str(n))) for n in range(21)]})
+        ("create", {"identifiers": [("hashed_email", hashed(str(n))) for n in range(21)]})
     ),
     "OPERATION_LEVEL_CONSENT_PROVIDED": filled(("create", OK | {"consent": True})),
     "CONFLICTING_OPERATION": filled(("create", OK), ("remove", OK)),

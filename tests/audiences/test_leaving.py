@@ -14,7 +14,7 @@ from pydantic import SecretStr
 
 from audiences import ledger as ledgers
 from audiences import sync
-from audiences.destinations import files, google, hubspot, klaviyo, meta, webhook
+from audiences.destinations import data_manager, files, google, hubspot, klaviyo, meta, webhook
 from audiences.destinations.protocol import Destination
 from audiences.destinations.registry import Sending
 from audiences.ledger import Ledger
@@ -26,6 +26,7 @@ from tests.audiences.receiving import SECRET, Receiving
 from tests.audiences.stubs import hubspot as hubspot_stub
 from tests.audiences.stubs import klaviyo as klaviyo_stub
 from tests.audiences.stubs import meta as meta_stub
+from tests.audiences.stubs.data_manager import DataManagerStub
 from tests.audiences.stubs.google import GoogleStub
 from tests.conftest import MakeSettings
 
@@ -120,6 +121,14 @@ def at_google(stack: ExitStack, directory: Path) -> tuple[Destination, Holds]:
     return google.build("ours", google.Options.model_validate(options)), lambda: str(stub.members)
 
 
+def at_data_manager(stack: ExitStack, directory: Path) -> tuple[Destination, Holds]:
+    stub = stack.enter_context(DataManagerStub().serving())
+    stack.callback(lambda: _unbroken(stub.broken))
+    options = stub.options | {"customer_match_terms": "accepted"}
+    built = data_manager.build("ours", data_manager.Options.model_validate(options))
+    return built, lambda: str(stub.members)
+
+
 def at_meta(stack: ExitStack, directory: Path) -> tuple[Destination, Holds]:
     stub = stack.enter_context(meta_stub.serving(meta_stub.MetaStub()))
     stack.callback(lambda: _unbroken(stub.broken))
@@ -167,6 +176,7 @@ KINDS: Final = {
     "files": at_files,
     "webhook": at_webhook,
     "google-ads": at_google,
+    "google-data-manager": at_data_manager,
     "meta": at_meta,
     "hubspot": at_hubspot,
     "klaviyo": at_klaviyo,

@@ -1,4 +1,4 @@
-"""The synchronisation itself against Google's and Meta's stand-ins: changes, faults and kills, then lists as wanted."""
+"""The synchronisation itself against stand-ins of Google and Meta: changes, faults and kills, then lists as wanted."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ import pytest
 from pydantic import SecretStr
 
 from audiences import ledger, sync
-from audiences.destinations import google, meta
+from audiences.destinations import data_manager, google, meta
 from audiences.destinations.protocol import Busy, Destination, Limits, Outcome, Person, Purpose
 from audiences.destinations.registry import Sending
 from audiences.wanted import Candidate
 from tests.audiences.stubs import googleapis
 from tests.audiences.stubs import meta as meta_stub
+from tests.audiences.stubs.data_manager import DataManagerStub
 from tests.audiences.stubs.google import GoogleStub
+from tests.audiences.stubs.googleapis import GoogleApi, Identifier
 from tests.audiences.stubs.meta import MetaStub
 
 pytestmark = pytest.mark.usefixtures("trusted")
 
-Identifier = tuple[str, str]
 FORMS = (*google.FIELDS, *meta.KEYS)
 AUDIENCES = ("champions", "nurture")
 KILLS = 30  # at each platform; each costs fifty milliseconds, most of them the disk's
@@ -149,23 +150,34 @@ class Platform:
 
 class Google(Platform):
     names = google.FIELDS
+    methods: tuple[str, ...] = (
+        "CreateOfflineUserDataJob",
+        "AddOfflineUserDataJobOperations",
+        "RunOfflineUserDataJob",
+    )
 
-    def __init__(self, stub: GoogleStub) -> None:
+    def __init__(self, stub: GoogleApi) -> None:
         self.stub = stub
         stub.requests_a_minute = None  # the test is faster than its clock
 
     def fail(self, dice: random.Random) -> None:
-        method = dice.choice(["CreateOfflineUserDataJob", "AddOfflineUserDataJobOperations", "RunOfflineUserDataJob"])
         code = dice.choice([grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL, grpc.StatusCode.RESOURCE_EXHAUSTED])
-        self.stub.faults.append(googleapis.Fault(method, code, after=dice.random() < 0.5))
+        self.stub.faults.append(googleapis.Fault(dice.choice(self.methods), code, after=dice.random() < 0.5))
 
     def build(self) -> Any:
-        given = self.stub.options
-        return google.build("platform", google.Options.model_validate(given))
+        return google.build("platform", google.Options.model_validate(self.stub.options))
 
     def held(self, audience: str) -> set[Identifier]:
-        named = [key for key, one in self.stub.lists.items() if one.name == f"Propensity {audience}"]
-        return set().union(*(self.stub.members[key] for key in named))
+        return self.stub.held(f"Propensity {audience}")
+
+
+class DataManager(Google):
+    names = data_manager.FIELDS
+    methods = ("IngestAudienceMembers", "RemoveAudienceMembers", "RetrieveRequestStatus")
+
+    def build(self) -> Any:
+        given = self.stub.options | {"customer_match_terms": "accepted"}
+        return data_manager.build("platform", data_manager.Options.model_validate(given))
 
 
 class Facebook(Platform):
@@ -199,13 +211,16 @@ class Facebook(Platform):
         return {pair for key in named for entry in self.stub.members[key] for pair in entry}
 
 
-@pytest.fixture(params=["google", "meta"])
+@pytest.fixture(params=["google", "data manager", "meta"])
 def platform(request: pytest.FixtureRequest) -> Iterator[Platform]:
     with ExitStack() as stack:
         stub: Any
         if request.param == "google":
             stub = stack.enter_context(GoogleStub().serving())
             yield Google(stub)
+        elif request.param == "data manager":
+            stub = stack.enter_context(DataManagerStub().serving())
+            yield DataManager(stub)
         else:
             stub = stack.enter_context(meta_stub.serving(MetaStub()))
             yield Facebook(stub)

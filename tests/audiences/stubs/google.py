@@ -113,9 +113,8 @@ class GoogleStub(GoogleApi):
     def stay_days(self, name: str) -> float:
         return float(self.lists[name].membership_life_span)
 
-    def list_named(self, name: str) -> str:
-        (found,) = [one.resource_name for one in self.lists.values() if one.name == name]
-        return str(found)
+    def names(self) -> Mapping[str, str]:
+        return {one.name: key for key, one in self.lists.items()}
 
     def running(self) -> list[int]:
         """The numbers of jobs that run."""
@@ -128,7 +127,7 @@ class GoogleStub(GoogleApi):
                 if job.status == STATUS.RUNNING and (jobs is None or job.number in jobs):
                     self._work_off(job, fail, share)
 
-    def put(self, name: str, **changes: Any) -> str:
+    def put(self, name: str, days: int = 540, **changes: Any) -> str:
         """A list that is there already."""
         with self._lock:
             number = 1000 + len(self.lists)
@@ -139,7 +138,7 @@ class GoogleStub(GoogleApi):
                 name=name,
                 type_=UserListTypeEnum.UserListType.CRM_BASED,
                 membership_status=UserListMembershipStatusEnum.UserListMembershipStatus.OPEN,
-                membership_life_span=540,
+                membership_life_span=days,
                 crm_based_user_list={"upload_key_type": "CONTACT_INFO"},
             )
             for key, value in changes.items():
@@ -200,7 +199,7 @@ class GoogleStub(GoogleApi):
                 self._refuse_request("range_error", "TOO_HIGH", f"{wanted.membership_life_span} days of membership")
             if any(one.name == wanted.name for one in self.lists.values()):  # two may make one at a time: no rule
                 raise Wrong(grpc.StatusCode.INVALID_ARGUMENT, "user_list_error", "NAME_ALREADY_USED")
-            resource = self.put(wanted.name, membership_life_span=wanted.membership_life_span)
+            resource = self.put(wanted.name, wanted.membership_life_span)
             response.results.append(user_list_service.MutateUserListResult(resource_name=resource))
         return response
 

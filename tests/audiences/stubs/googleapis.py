@@ -146,6 +146,18 @@ class GoogleApi:
             "token_url": self.token_url,
         }
 
+    def names(self) -> Mapping[str, str]:
+        """How `members` knows lists, by their names."""
+        raise NotImplementedError
+
+    def list_named(self, name: str) -> str:
+        """The same of a list that is there."""
+        return self.names()[name]
+
+    def held(self, name: str) -> set[Identifier]:
+        """Who is on a list, nobody where it is not there yet."""
+        return self.members[self.list_named(name)] if name in self.names() else set()
+
     def pass_days(self, days: float) -> None:
         """Let time pass: who was not added again stays no longer than the list says."""
         with self._lock:
