@@ -8,6 +8,7 @@ has no outcome may have been taken or not, and its members are `open` until some
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import uuid
@@ -582,6 +583,28 @@ class Ledger:
         wanted = sa.select(*columns).where((batches.c.list == own.id) & (batches.c.state == WORKING))
         with self.reading.connect() as connection:
             return [Working(*row) for row in connection.execute(wanted.order_by(batches.c.id))]
+
+    def undone_until(self, own: List, batch: Working, late_ms: int) -> float | None:
+        """Until when an earlier batch of the other direction may undo this one, of somebody who is in both.
+
+        None: nothing was under way when this one was sent. Infinity: something still is. A batch of which no answer
+        came may be worked off for so long after it was sent. Those of the same run are about other people, or about
+        other identifiers of theirs.
+        """
+        both = sa.select(entries.c.key).where(entries.c.batch == batch.id)
+        run = sa.select(batches.c.run).where(batches.c.id == batch.id).scalar_subquery()
+        is_lost = (batches.c.state.in_((INTENDED, REPLACED)) & (batches.c.attempts > 0)) | (batches.c.attempts > 1)
+        lost_ms = sa.case((is_lost, batches.c.attempted_ms + late_ms), else_=0)
+        ended_ms = sa.case((batches.c.state == SETTLED, batches.c.settled_ms), else_=0)
+        rivals = (batches.c.list == own.id) & (batches.c.operation != batch.operation) & (batches.c.id < batch.id)
+        rivals &= (batches.c.run != run) & sa.or_(
+            batches.c.state == WORKING, lost_ms > batch.settled_ms, ended_ms > batch.settled_ms
+        )
+        rivals &= sa.exists().where((entries.c.batch == batches.c.id) & entries.c.key.in_(both))
+        with self.reading.connect() as connection:
+            found = connection.execute(sa.select(batches.c.state, lost_ms, ended_ms).where(rivals)).all()
+        ends = [math.inf if state == WORKING else max(moments) for state, *moments in found]
+        return max(ends, default=None)
 
     def conclude(self, own: List, batch: Working, outcome: Outcome, lease: Lease, now_ms: int) -> Undone:
         """Write down the end of a batch. Where it failed, its members are as if they had not been sent."""

@@ -301,13 +301,23 @@ class _Run(_Either):
         outcomes: Sequence[Outcome | None] = self.sender.tried(lambda: review(answers))
         now_ms = self.clock.now_ms()
         for (own, batch), told in zip(working, outcomes, strict=True):
-            is_lost = told is None and now_ms - batch.settled_ms > LOST_MS
-            outcome = Outcome(False, f"{batch.answer}, and no end of it for a week") if is_lost else told
+            outcome = self._end(own, batch, told, now_ms)
             if outcome is not None:
                 undone = self.ledger.conclude(own, batch, outcome, self.sender.lease, now_ms)
-                if not outcome.accepted:
-                    _tell(counts[own.audience], batch, outcome, undone)
+                _tell(counts[own.audience], batch, outcome, undone)
         return list(counts.values())
+
+    def _end(self, own: List, batch: Working, told: Outcome | None, now_ms: int) -> Outcome | None:
+        """What became of a batch of which a platform told this; None where that is not known yet."""
+        if told is None:
+            is_lost = now_ms - batch.settled_ms > LOST_MS
+            return Outcome(False, f"{batch.answer}, and no end of it for a week") if is_lost else None
+        late_ms: int | None = getattr(self.destination, "late_ms", None)
+        until_ms = self.ledger.undone_until(own, batch, late_ms) if told.accepted and late_ms else None
+        if until_ms is None:
+            return told
+        is_over = now_ms >= until_ms
+        return Outcome(False, f"{told.answer}, and one that was under way may have undone it") if is_over else None
 
     def _act(self, stage: Stage, audience: str, why: str, counts: Counts) -> None:
         own = self.ledger.list_of(self.destination.name, audience)
@@ -395,6 +405,10 @@ class _Run(_Either):
 
 
 def _tell(counts: Counts, batch: Working, outcome: Outcome, undone: Undone) -> None:
+    if outcome.accepted:
+        if not outcome.final:
+            counts.notes.append(f"{outcome.answer}: of {batch.members:,} some were not taken, and whom is not told")
+        return
     counts.failed += batch.members
     said = (
         f"{outcome.answer}: {batch.members:,} were {'not added' if batch.operation == ADD else 'not removed'} after all"

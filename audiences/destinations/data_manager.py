@@ -75,9 +75,8 @@ class Clients(NamedTuple):
 
 
 class Status(NamedTuple):
-    """How far Google is with a request: its list, and how many members it did not take, and why."""
+    """How far Google is with a request, and how many members it did not take, and why."""
 
-    list_id: str
     name: str
     wrong: Mapping[str, int]
 
@@ -157,7 +156,6 @@ class DataManager(CustomerMatch):
         super().__init__(name, options, credentials)
         self._clients = clients
         self._asked: dict[str, Status | None] = {}  # in a review that took more than one go
-        self._before: set[tuple[str, str, str]] = set()  # operation, list, request: of earlier ones, and under way
 
     def review(self, answers: Sequence[str]) -> Sequence[Outcome | None]:
         """What became of answers that named requests under way, in their order; None where that is not known yet."""
@@ -168,9 +166,6 @@ class DataManager(CustomerMatch):
         if len(left) > READS:
             raise Busy(f"Google's Data Manager is asked of {READS} requests a minute; {len(left) - READS:,} left", 60.0)
         asked, self._asked = self._asked, {}
-        for operation, requests in sent:
-            under_way = [(one, status) for one in requests if (status := asked[one]) and not status.is_over]
-            self._before.update((operation, status.list_id, one) for one, status in under_way)
         return [one.end([asked[request] for request in one.requests]) for one in sent]
 
     def check(self) -> str:
@@ -211,8 +206,6 @@ class DataManager(CustomerMatch):
     def _upload(self, list_id: str, people: Sequence[Person], *, removing: bool) -> list[Outcome]:
         entries, refused = uploads(people, FIELDS, IDENTIFIERS_OF_A_MEMBER)
         number = list_id.rpartition("/")[2]  # also of the resource names of the Google Ads API
-        if entries:
-            self._let_opposite_requests_finish(number, ADDITION if removing else REMOVAL)
         waiting = [entries[start : start + MEMBERS] for start in range(0, len(entries), MEMBERS)]
         requests: list[str] = []
         taken: set[int] = set()
@@ -234,20 +227,6 @@ class DataManager(CustomerMatch):
         sent = Sent(REMOVAL if removing else ADDITION, requests)
         outcome = Outcome(True, sent.told("PROCESSING"), final=False)
         return settled(len(people), taken, refused, outcome, removing=removing)
-
-    def _let_opposite_requests_finish(self, number: str, operation: str) -> None:
-        """Google promises no order of requests, so that an older one could undo what this one does."""
-        for one in sorted(self._before):
-            if one[:2] != (operation, number):
-                continue
-            status = self._status(one[2])
-            if status and not status.is_over:
-                raise Busy(
-                    f"Google's Data Manager still works off {operation}s of an earlier synchronisation, "
-                    f"in request {one[2]}; it takes minutes, or a day at most",
-                    60.0,
-                )
-            self._before.remove(one)
 
     def _send(self, number: str, entries: Sequence[Upload], removing: bool) -> str:
         """Send entries in one request; Google's id of it."""
@@ -284,7 +263,7 @@ class DataManager(CustomerMatch):
         for one in type(answer).pb(answer).request_status_per_destination:  # of which our requests have one
             counts = one.error_info.error_counts
             wrong = {name_of(count, "reason").removeprefix(REASON): count.record_count for count in counts}
-            return Status(one.destination.product_destination_id, name_of(one, "request_status"), wrong)
+            return Status(name_of(one, "request_status"), wrong)
         return None
 
     # --- requests ---

@@ -96,7 +96,20 @@ class Reviews(Protocol):
     """What a destination is as well whose platform takes batches and works them off later."""
 
     def review(self, answers: Sequence[str]) -> Sequence[Outcome | None]:
-        """The end of batches that were answered so, in their order; None where it has not come."""
+        """The end of batches that were answered so, in their order; None where it has not come.
+
+        Accepted and not `final`: all but some, who would not be taken again either, and of whom nobody is named.
+        """
+
+
+class Unordered(Protocol):
+    """What a `Reviews` is as well whose platform works off batches in any order, so that one may undo a later one.
+
+    The synchronisation sends the later one again then. `late_ms` is how long after it was sent a batch may be worked
+    off of which no answer came.
+    """
+
+    late_ms: int
 
 
 class Forgets(Protocol):

@@ -238,30 +238,6 @@ def test_of_a_request_that_google_knows_no_more_there_is_no_end(stub: DataManage
     assert manager.review([answer, f"removal {id_of(77)}: PROCESSING"]) == [None, None]
 
 
-def test_a_removal_waits_for_additions_of_an_earlier_synchronisation(
-    stub: DataManagerStub, manager: DataManager
-) -> None:
-    champions, others = manager.open("champions"), manager.open("others")
-    stub.hold = True
-    added = manager.add(champions, [person(1)], "a")[0].answer
-    removed = manager.remove(champions, [person(2)], "b")[0].answer  # of the same synchronisation: other people
-    later = build("google", options(stub))
-    assert later.review([added, removed]) == [None, None]
-    with pytest.raises(Busy, match=f"additions of an earlier synchronisation, in request {id_of(5000)};") as told:
-        later.remove(champions, [person(1)], "c")
-    assert told.value.after_s == 60
-    with pytest.raises(Busy, match=f"removals of an earlier synchronisation, in request {id_of(5001)}"):
-        later.add(champions, [person(2)], "d")
-    later.remove(others, [person(1)], "e")
-    stub.finish()
-    later.remove(champions, [person(1)], "c")
-    stub.finish()
-    assert held(stub) == set()
-    asked = stub.calls.count(RETRIEVE)
-    later.remove(champions, [person(1)], "f")
-    assert stub.calls.count(RETRIEVE) == asked, "what has ended is asked of no more"
-
-
 # --- errors ---
 
 
