@@ -256,6 +256,14 @@ def test_a_wrong_option_is_told(way: Way, changes: dict[str, Any], words: str) -
         way.options(**changes)
 
 
+def test_a_service_account_is_let_in_by_its_key(way: Way, tmp_path: Path) -> None:
+    way.stub.write_key(tmp_path / "key.json")
+    nobody = {"client_id": None, "client_secret": None, "refresh_token": None}
+    ours = way.build(**nobody, key_file=tmp_path / "key.json")
+    ours.add(ours.open("champions"), [person(1)], "a")
+    assert way.held() == way.identifiers(person(1))
+
+
 @pytest.mark.parametrize("text", ["", "{}", None])
 def test_a_key_file_that_is_none_is_told(way: Way, tmp_path: Path, text: str | None) -> None:
     if text is not None:
