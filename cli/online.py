@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import time
 import urllib.error
@@ -38,6 +39,7 @@ def serve(
 
     given = {"host": host, "port": port, "artifacts": artifacts, "workers": workers}
     settings = service_settings.load(**{name: value for name, value in given.items() if value is not None})
+    _require_directory_of_metrics()
     if first_answer:
         _answer_when_ready(f"http://{settings.host}:{settings.port}")
     if settings.workers > 1:  # the supervisor needs none of what its workers load
@@ -45,6 +47,13 @@ def serve(
     else:
         from service.app import serve as run
     run(settings)
+
+
+def _require_directory_of_metrics() -> None:
+    # The client library opens its files while it is imported, and fails with the name of one of them.
+    directory = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    if directory and not (Path(directory).is_dir() and os.access(directory, os.W_OK)):
+        raise PropensityError(f"PROMETHEUS_MULTIPROC_DIR: {directory} is no directory to write to; make it, empty")
 
 
 def replay(

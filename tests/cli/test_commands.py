@@ -287,6 +287,13 @@ def test_a_wrong_setting_is_named_as_its_variable(run: Run, monkeypatch: pytest.
     assert "redis://" in told
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_directory_of_metrics_that_is_not_there_is_told_in_one_line(tmp_path: Path, workers: int) -> None:
+    missing = tmp_path / "missing"
+    served = in_a_process("serve", "--workers", workers, cwd=tmp_path, PROMETHEUS_MULTIPROC_DIR=str(missing))
+    assert served.complaint == f"PROMETHEUS_MULTIPROC_DIR: {missing} is no directory to write to; make it, empty"
+
+
 def test_a_feature_cache_that_is_not_there_is_told_in_one_line(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
