@@ -99,7 +99,7 @@ def _print(made: Snapshot) -> None:
     if made.summary.bad:
         examples = "; ".join(made.summary.examples)
         console.print(f"{made.summary.bad:,} bad rows were left out, for example {examples}", markup=False)
-    if made.rows and not _known(made):
+    if made.rows and not made.known:
         first, last, at = map(_day, (made.summary.first_ms, made.summary.last_ms, made.at_ms))
         console.print(
             f"Note: everybody is scored as somebody new: the events are of {first} to {last}, and none of them counts "
@@ -107,16 +107,6 @@ def _print(made: Snapshot) -> None:
             markup=False,
             soft_wrap=True,
         )
-
-
-def _known(made: Snapshot) -> bool:
-    """Whether an event of anybody counts."""
-    import duckdb
-
-    (found,) = duckdb.execute(
-        "SELECT bool_or(last_event_ms > 0) FROM read_parquet(?)", [f"{made.path}/*.parquet"]
-    ).fetchall()
-    return bool(found[0])
 
 
 def _day(at_ms: int) -> str:

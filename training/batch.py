@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -80,6 +80,7 @@ class Snapshot:
     at_ms: int
     summary: Summary
     rows: int
+    known: int  # of whom an event counts
     segments: Mapping[str, int]
 
 
@@ -130,10 +131,11 @@ def score(
             memory_limit=options.memory_limit,
         )
         log.connection.close()
-        counts = np.zeros(len(SEGMENTS), np.int64)
+        known, counts = 0, np.zeros(len(SEGMENTS), np.int64)
         on_progress("Scoring visitors", 0)
         for done, (_, found) in enumerate(engine.run(score_partition, job, log.partitions), 1):
-            counts += found
+            known += found.known
+            counts += found.segments
             on_progress("Scoring visitors", done / log.partitions)
     return Snapshot(
         out,
@@ -142,21 +144,29 @@ def score(
         at_ms,
         log.summary,
         int(counts.sum()),
+        known,
         dict(zip(SEGMENTS, counts.tolist(), strict=True)),
     )
 
 
-def score_partition(job: Job, index: int) -> npt.NDArray[np.int64]:
-    """Write part `index` of a snapshot; how many visitors are in each segment, int64[6]."""
+class Counts(NamedTuple):
+    """How many visitors of a part are in each segment, int64[6], and of how many an event counts."""
+
+    segments: npt.NDArray[np.int64]
+    known: int
+
+
+def score_partition(job: Job, index: int) -> Counts:
+    """Write part `index` of a snapshot."""
     model = _model(job.model)
     partition = source.load_partition(job.log, model.spec, index, job.memory_limit, with_ids=True).at(job.at_ms)
     if not len(partition.visitor_hash):
-        return np.zeros(len(SEGMENTS), np.int64)
+        return Counts(np.zeros(len(SEGMENTS), np.int64), 0)
     scored = predict(model, partition, job.at_ms, job.context)
     places = model.segment_places(scored.propensity)
     table = _table(model, partition.visitor_ids or [], scored, places, job)
     pyarrow.parquet.write_table(table, job.out / f"part-{index:05}.parquet", compression="zstd")
-    return np.bincount(places, minlength=len(SEGMENTS))
+    return Counts(np.bincount(places, minlength=len(SEGMENTS)), int(np.count_nonzero(scored.last_event_ms)))
 
 
 def predict(model: Bundle, partition: Partition, at_ms: int, context: Mapping[str, object]) -> Scored:

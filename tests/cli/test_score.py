@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from files import snapshots
 from service.embedded import EmbeddedServer
 from tests.cli.test_commands import Done, propensity
 from tests.conftest import ServiceProcess, Shop
@@ -107,6 +108,13 @@ def test_a_moment_at_which_no_event_counts_is_pointed_out(open_shop: Shop, tmp_p
     assert f"none of them counts at {at}; name the moment with --at" in done.err
     assert {row["last_event_ms"] for row in rows(tmp_path / "scores").values()} == {0}
     assert "Note:" not in score(open_shop, tmp_path / "scores").err
+
+
+def test_scores_go_to_a_url_as_to_a_path(open_shop: Shop, tmp_path: Path) -> None:
+    url = f"memory://{tmp_path.name}/scores"
+    done = propensity("score", "--events", open_shop.events, "--artifacts", open_shop.artifacts, "--out", url)
+    assert (done.status, f" into {url}: " in done.err) == (0, True), done
+    assert len(snapshots.find(url).parts) >= 1
 
 
 def test_a_version_and_features_are_chosen_and_wrong_names_told(open_shop: Shop, tmp_path: Path) -> None:

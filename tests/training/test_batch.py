@@ -162,7 +162,7 @@ def test_several_processes_write_the_same_scores(open_shop: Shop, snapshot: Path
     done = dict(Processes(2).run(batch.score_partition, job, log.partitions))
     assert sorted(done) == [0, 1, 2]
     wanted, found = rows_of(snapshot), rows_of(job.out)
-    assert len(found) == len(wanted) == sum(int(counts.sum()) for counts in done.values())
+    assert len(found) == len(wanted) == sum(int(counts.segments.sum()) for counts in done.values())
     assert all(row[name] == wanted[visitor][name] for visitor, row in found.items() for name in batch.COLUMNS)
 
 
