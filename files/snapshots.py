@@ -67,7 +67,12 @@ def _path(where: str | Path) -> Path | None:
     """The path that is meant, None for a URL of another file system."""
     if isinstance(where, Path) or "://" not in where:
         return Path(where)
-    return Path(url2pathname(urlsplit(where).path)) if where.startswith("file://") else None
+    if not where.startswith("file://"):
+        return None
+    url = urlsplit(where)
+    if url.netloc not in ("", "localhost"):
+        raise PropensityError(f"{where}: names the machine {url.netloc}; write file:///PATH, or the path alone")
+    return Path(url2pathname(url.path))
 
 
 # --- at a path ---

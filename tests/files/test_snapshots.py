@@ -198,6 +198,12 @@ def test_the_list_names_the_parts_beside_it(url: str) -> None:
     assert all(f"{root}/{part}" in Objects.store for part in parts)
 
 
+def test_a_file_url_that_names_a_machine_is_refused_instead_of_a_path_that_was_not_meant() -> None:
+    for call in (snapshots.find, lambda url: snapshots.assembling(url).__enter__()):
+        with pytest.raises(PropensityError, match=r"names the machine data; write file:///PATH, or the path alone"):
+            call("file://data/scores")
+
+
 def test_a_file_system_that_is_not_there_is_told_before_anything_is_done() -> None:
     with pytest.raises(PropensityError, match="^nosuch://bucket/x: Protocol not known: nosuch"):
         write("nosuch://bucket/x", 1)
