@@ -36,7 +36,7 @@ from service.metrics import RequestTimer
 from service.propensities import Propensities
 from service.score_log import ScoreLog
 from service.scorer import Scorer
-from service.settings import Settings
+from service.settings import Settings, log_unknown
 from service.store import Store
 from service.tracing import Traced, Tracing
 from service.workers import compaction, keeping, telling
@@ -87,6 +87,7 @@ def serve(settings: Settings) -> None:
         supervisor.serve(settings)
         return
     logs.configure(settings.log_format, settings.log_level)
+    log_unknown()
     # Before there is a server that handles it, it is to end in order too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     port.require_free(settings.host, settings.port)

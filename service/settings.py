@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -9,9 +11,13 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service import consent, identity, location
+from service.core.advice import nearest
 from service.core.errors import PropensityError
 from service.logs import Format, Level
 
+logger = logging.getLogger(__name__)
+
+_PREFIX: Final = "PROPENSITY_"
 OBJECTIVES_MS: Final = (5, 10, 25, 50)
 Positive = Annotated[int, Field(gt=0)]
 
@@ -20,7 +26,7 @@ class Settings(BaseSettings):
     """Settings of one process. Each says its unit and why to change it."""
 
     model_config = SettingsConfigDict(
-        env_prefix="PROPENSITY_", env_file=".env", extra="ignore", frozen=True, hide_input_in_errors=True
+        env_prefix=_PREFIX, env_file=".env", extra="ignore", frozen=True, hide_input_in_errors=True
     )
 
     host: str = Field(
@@ -213,7 +219,14 @@ def load(**given: object) -> Settings:
         return Settings.model_validate(given)
     except ValidationError as error:
         wrong = [
-            f"PROPENSITY_{str(item['loc'][0]).upper()}: {item['msg'].removeprefix('Value error, ')}"
+            f"{_PREFIX}{str(item['loc'][0]).upper()}: {item['msg'].removeprefix('Value error, ')}"
             for item in error.errors(include_input=False)
         ]
         raise PropensityError("; ".join(wrong)) from None
+
+
+def log_unknown() -> None:
+    """Warn of variables that are named as settings are and are none: what they were to change stays as it is."""
+    known = [f"{_PREFIX}{name.upper()}" for name in Settings.model_fields]
+    for name in sorted(one for one in os.environ if one.startswith(_PREFIX) and one not in known):
+        logger.warning("%s is no setting%s", name, nearest(name, known))

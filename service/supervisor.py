@@ -28,7 +28,7 @@ from prometheus_client.multiprocess import mark_process_dead
 
 from service import embedded, logs, port
 from service.core.errors import PropensityError
-from service.settings import Settings
+from service.settings import Settings, log_unknown
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,7 @@ class Worker:
 def serve(settings: Settings) -> None:
     """Serve with several workers until interrupted. Raises PropensityError if they cannot be started."""
     logs.configure(settings.log_format, settings.log_level, with_process=True)
+    log_unknown()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     port.require_free(settings.host, settings.port)
     with ExitStack() as stack:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from service import metrics
 from service.core.errors import PropensityError
-from service.settings import Settings, load
+from service.settings import Settings, load, log_unknown
 
 
 @pytest.fixture(autouse=True)
@@ -72,3 +72,14 @@ def test_another_latency_objective_is_refused(monkeypatch: pytest.MonkeyPatch, g
     monkeypatch.setenv("PROPENSITY_LATENCY_OBJECTIVE_MS", given)
     with pytest.raises(PropensityError, match="PROPENSITY_LATENCY_OBJECTIVE_MS: "):
         load()
+
+
+def test_a_variable_that_is_no_setting_is_pointed_out_without_its_value(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PROPENSITY_LATENCY_OBJECTIVE", "canary")
+    monkeypatch.setenv("PROPENSITY_PORT", "9000")
+    log_unknown()
+    assert [one.getMessage() for one in caplog.records] == [
+        "PROPENSITY_LATENCY_OBJECTIVE is no setting; did you mean 'PROPENSITY_LATENCY_OBJECTIVE_MS'?"
+    ]
