@@ -24,6 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cli.installed import need
+from cli.offline import ARTIFACTS, ARTIFACTS_SET
 from service.core.errors import PropensityError
 
 if TYPE_CHECKING:  # what starts `propensity serve` need not wait for these
@@ -85,7 +86,9 @@ def drift(
     window: Annotated[str, typer.Option(help="1h or 24h: what to look at in Prometheus, and the floor.")] = "1h",
     model: Annotated[str | None, typer.Option(help="Model; needed with --offline where there are several.")] = None,
     version: Annotated[str | None, typer.Option(help="Version; with --offline: the one served unless given.")] = None,
-    artifacts: Annotated[Path, typer.Option(help="Directory of bundles, for --offline.")] = Path("artifacts"),
+    artifacts: Annotated[
+        Path, typer.Option(envvar=ARTIFACTS_SET, help="Directory of bundles, for --offline.")
+    ] = ARTIFACTS,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Say which features have drifted, and how sure that is. Exits with 1 if one has."""

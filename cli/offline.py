@@ -6,7 +6,7 @@ import datetime
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -29,6 +29,9 @@ EngineName = Annotated[str, typer.Option("--engine", help="local: this machine; 
 Scheduler = Annotated[
     str | None, typer.Option(help="With --engine dask: address of its scheduler (own processes unless given).")
 ]
+# The setting of the service: who has set it means the same directory in every command.
+ARTIFACTS_SET: Final = "PROPENSITY_ARTIFACTS"
+ARTIFACTS: Final = Path("artifacts")
 MAX_SEED = 2**31 - 1  # LightGBM takes 32 bits
 
 
@@ -72,7 +75,9 @@ def train(
     events: Events = [],  # noqa: B006 - typer reads the default, nobody changes it
     more: MoreEvents = None,
     table: Annotated[str | None, typer.Option(help="Instead of events: a file with one row a visitor.")] = None,
-    artifacts: Annotated[Path, typer.Option(help="Where bundles go: MODEL/VERSION/.")] = Path("artifacts"),
+    artifacts: Annotated[
+        Path, typer.Option(envvar=ARTIFACTS_SET, help="Where bundles go: MODEL/VERSION/.")
+    ] = ARTIFACTS,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of sampling, splitting and fitting.")] = 0,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of LightGBM (half the cores unless given).")

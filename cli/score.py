@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli.installed import need
-from cli.offline import EngineName, MemoryLimit, Scheduler, cluster, moment
+from cli.offline import ARTIFACTS, ARTIFACTS_SET, EngineName, MemoryLimit, Scheduler, cluster, moment
 from cli.online import ask, pair
 from cli.progress import console, stages
 from service.core.errors import PropensityError
@@ -45,7 +45,9 @@ def score(
         str | None, typer.Option(help="With --events: features to write too, as views_7d,device; or all.")
     ] = None,
     version: Annotated[str | None, typer.Option(help="With --events: version (the one served unless given).")] = None,
-    artifacts: Annotated[Path, typer.Option(help="With --events: directory of bundles.")] = Path("artifacts"),
+    artifacts: Annotated[
+        Path, typer.Option(envvar=ARTIFACTS_SET, help="With --events: directory of bundles.")
+    ] = ARTIFACTS,
     threads: Annotated[
         int | None, typer.Option(min=1, help="With --events: processes that score (one a core unless given).")
     ] = None,

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from cli.audiences.sync import Destinations, LedgerUrl, address, console_of_results, note_no_ledger
 from cli.installed import need
+from cli.offline import ARTIFACTS, ARTIFACTS_SET
 from cli.progress import console, stages
 from service.core.errors import PropensityError
 
@@ -42,7 +43,10 @@ ScoreDirectories = Annotated[
         "--scores", help="What `propensity score --events --out` wrote, path or URL; one a model. Repeatable."
     ),
 ]
-Artifacts = Annotated[Path, typer.Option(help="Directory of bundles, for cut-offs and the names of categories.")]
+Artifacts = Annotated[
+    Path,
+    typer.Option(envvar=ARTIFACTS_SET, help="Directory of bundles, for cut-offs and the names of categories."),
+]
 
 
 def register(group: typer.Typer) -> None:
@@ -82,7 +86,7 @@ def list_(
 def refresh(
     scores: ScoreDirectories,
     definitions: DefinitionsFile = FILE,
-    artifacts: Artifacts = Path("artifacts"),
+    artifacts: Artifacts = ARTIFACTS,
 ) -> None:
     """Decide who belongs where by scores of everyone, and write what changed into the feature cache."""
     need("audiences.refresh", extra="audiences")
@@ -106,7 +110,7 @@ def preview(
     name: Annotated[str, typer.Argument(help="Name of the audience.")],
     scores: ScoreDirectories,
     definitions: DefinitionsFile = FILE,
-    artifacts: Artifacts = Path("artifacts"),
+    artifacts: Artifacts = ARTIFACTS,
     plot: Annotated[Path | None, typer.Option(help="Also draw it, into a .png, .svg or .pdf.")] = None,
     destinations: Destinations = Path("destinations.yaml"),
     ledger: LedgerUrl = None,

@@ -110,6 +110,18 @@ def test_a_moment_at_which_no_event_counts_is_pointed_out(open_shop: Shop, tmp_p
     assert "Note:" not in score(open_shop, tmp_path / "scores").err
 
 
+def test_bundles_are_looked_for_where_the_service_looks(
+    open_shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PROPENSITY_ARTIFACTS", str(open_shop.artifacts))
+    scored = propensity("score", "--events", open_shop.events, "--features", "all", "--out", "scores")
+    assert scored.status == 0, scored
+    assert "PSI" in propensity("drift", "--offline", "scores").out
+    given = propensity("drift", "--offline", "scores", "--artifacts", "elsewhere")
+    assert given.complaint.startswith("elsewhere: ")
+
+
 def test_scores_go_to_a_url_as_to_a_path(open_shop: Shop, tmp_path: Path) -> None:
     url = f"memory://{tmp_path.name}/scores"
     done = propensity("score", "--events", open_shop.events, "--artifacts", open_shop.artifacts, "--out", url)
