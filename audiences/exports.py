@@ -233,7 +233,11 @@ def _platform(stage: Stage, columns: Mapping[str, str]) -> Iterator[list[str]]:
 
 @contextmanager
 def _whole(path: Path, quoting: Literal[0, 1] = csv.QUOTE_MINIMAL) -> Iterator[Any]:
-    """A writer of CSV in UTF-8, whose file takes its name once it is whole."""
+    """A writer of CSV in UTF-8, whose file takes its name once it is whole; into a pipe or device it writes at once."""
+    if path.exists() and not path.is_file():  # a file would take the place of /dev/stdout
+        with path.open("w", encoding="utf-8", newline="") as file:
+            yield csv.writer(file, lineterminator="\n", quoting=quoting)
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("x", encoding="utf-8", newline="") as file:

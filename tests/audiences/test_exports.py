@@ -6,7 +6,9 @@ import csv
 import hashlib
 import io
 import math
+import os
 import re
+import threading
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -185,6 +187,20 @@ def test_plain_bids_have_every_number(tmp_path: Path, scores: Path) -> None:
         assert (segment, int(visitors), int(adjustment)) == (one.segment, one.visitors, one.adjustment)
         assert float(rate) == pytest.approx(one.rate, rel=1e-5)
         assert float(modifier) == 1 + one.adjustment / 100
+
+
+def test_a_pipe_is_written_to_and_stays_a_pipe(tmp_path: Path, scores: Path) -> None:
+    pipe, plain = tmp_path / "pipe", tmp_path / "bids.csv"
+    os.mkfifo(pipe)
+    got: list[str] = []
+    reader = threading.Thread(target=lambda: got.append(pipe.read_text("utf-8")))
+    reader.start()
+    found = exports.bids(scores)
+    exports.write_bids(found, "csv", pipe)
+    reader.join(10)
+    exports.write_bids(found, "csv", plain)
+    assert got == [plain.read_text("utf-8")]
+    assert pipe.is_fifo()
 
 
 def test_what_takes_no_bids_says_so(tmp_path: Path, scores: Path) -> None:
