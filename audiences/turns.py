@@ -10,6 +10,7 @@ from typing import Final
 
 from service.core.errors import PropensityError
 from service.errors import StoreError
+from service.leases import lease
 from service.lifecycle import cancel
 from service.store import Store
 
@@ -27,7 +28,7 @@ async def alone(store: Store, lease_s: float = LEASE_S) -> AsyncIterator[None]:
     """Hold the lease of refreshes. Raises NotAlone where another has it, now or, after a long silence, later."""
     own, body, lost = uuid.uuid4().hex, asyncio.current_task(), asyncio.Event()
     assert body is not None
-    if not await store.lease(_LEASE, own, round(1000 * lease_s)):
+    if not await lease(store, _LEASE, own, round(1000 * lease_s)):
         raise NotAlone(
             f"another refresh is running, or was killed less than {lease_s:g} s ago; run it again after that"
         )
@@ -36,7 +37,7 @@ async def alone(store: Store, lease_s: float = LEASE_S) -> AsyncIterator[None]:
         while not lost.is_set():
             await asyncio.sleep(lease_s / 6)
             with suppress(StoreError):  # the refresh meets it too
-                if not await store.lease(_LEASE, own, round(1000 * lease_s)):
+                if not await lease(store, _LEASE, own, round(1000 * lease_s)):
                     lost.set()
                     body.cancel()
 
@@ -52,4 +53,4 @@ async def alone(store: Store, lease_s: float = LEASE_S) -> AsyncIterator[None]:
         await cancel(holding)
         if not lost.is_set():
             with suppress(StoreError):
-                await store.lease(_LEASE, own, 1)
+                await lease(store, _LEASE, own, 1)

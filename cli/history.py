@@ -20,10 +20,14 @@ from service import ingest
 from service.app import open_store
 from service.core.spec import FeatureSpec
 from service.door import Door
+from service.history import History
 from service.ingest import Accepted, Refused
 from service.joining import Login
+from service.persons import Persons
 from service.settings import Settings
-from service.store import History, Store
+from service.shards import Cache
+from service.store import Store
+from service.visitors import Visitors
 
 if TYPE_CHECKING:  # the serving image has no training side, and asks `some_visitor` all the same
     from training.source import EventLog, Partition
@@ -75,19 +79,19 @@ async def replay_events(
         )
         async with _store(settings, spec.limits.history) as store:
             mark = _mark(log)
-            done = await store.replayed(mark)
+            done = await replayed(store, mark)
             for index in range(log.partitions):
                 if index not in done:
                     partition = log.partition(index, with_ids=True)
                     await _load(partition.at(source.NEVER - 1), store, loaded)
-                    await store.mark_replayed(mark, index)
+                    await mark_replayed(store, mark, index)
                 report("Loading visitors", (index + 1) / log.partitions)
             persons = _mark(log, repr((settings.phone_region, settings.consent_categories, spec.source)))
-            if not await store.replayed(persons):
+            if not await replayed(store, persons):
                 report("Joining and identifying", 0)
                 await _join(log, store, loaded)
                 await _say(statements.read(log.connection, paths, spec), spec, settings, store, loaded)
-                await store.mark_replayed(persons, 0)
+                await mark_replayed(store, persons, 0)
     return loaded
 
 
@@ -101,7 +105,7 @@ async def _join(log: EventLog, store: Store, loaded: Loaded) -> None:
         for some in batched(by_visitor.items(), JOINS_AT_ONCE):
             now_ms = time.time_ns() // 1_000_000
             said = ([(name, Login(one.ts_ms, one.known)) for one in logins_of] for name, logins_of in some)
-            await asyncio.gather(*(store.join(one, now_ms) for one in said))
+            await asyncio.gather(*(Persons(store).join(one, now_ms) for one in said))
 
 
 async def _say(
@@ -121,7 +125,7 @@ async def _say(
                 additions[told.visitor_id] = additions.get(told.visitor_id, b"") + told.said
                 loaded.said += 1
         if additions:
-            await store.append_said(additions, now_ms)
+            await Visitors(store).append_said(additions, now_ms)
 
 
 async def _load(partition: Partition, store: Store, loaded: Loaded) -> None:
@@ -138,7 +142,7 @@ async def _load(partition: Partition, store: Store, loaded: Loaded) -> None:
 
 
 async def _add(store: Store, additions: Mapping[str, History], loaded: Loaded) -> None:
-    loaded.added += await store.append_missing(additions, time.time_ns() // 1_000_000)
+    loaded.added += await Visitors(store).append_missing(additions, time.time_ns() // 1_000_000)
     loaded.visitors += len(additions)
 
 
@@ -168,12 +172,24 @@ def _mark(log: EventLog, *also: str) -> str:
     return hashlib.sha256("/".join(parts).encode()).hexdigest()[:16]
 
 
+async def replayed(cache: Cache, mark: str) -> set[int]:
+    """Parts of the replay named `mark` that are in the feature cache already."""
+    (parts,) = await cache.run(("SMEMBERS", f"{cache.namespace}:replay:{mark}"))
+    return {int(part) for part in parts}
+
+
+async def mark_replayed(cache: Cache, mark: str, part: int) -> None:
+    """Remember, for as long as visitors are kept, that a part of a replay is there."""
+    key = f"{cache.namespace}:replay:{mark}"
+    await cache.run(("SADD", key, part), ("PEXPIRE", key, cache.retention_ms))
+
+
 async def some_visitor(settings: Settings) -> str | None:
     """The visitor with the latest event of a few that the feature cache picks at random; None from an empty one."""
     from service.core import events
 
     async with _store(settings, 0) as store:
-        ids = await store.sample(50)
+        ids = await Visitors(store).sample(50)
         histories = await store.read(ids)
     latest = [int(events.from_bytes(known.events)["ts_ms"].max(initial=0)) for known in histories]
     return max(zip(latest, ids, strict=True))[1] if ids else None

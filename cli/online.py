@@ -99,14 +99,14 @@ def compact() -> None:
     from service import settings
     from service.app import open_store
     from service.scoring import unix_ms
-    from service.workers import compaction
+    from service.workers.compaction import Compactor
 
     async def run(report: Report) -> tuple[int, int, int]:
         given = settings.load()
         async with open_store(given.model_copy(update={"redis_timeout_ms": 10_000}), 0) as store:
             before, total = await store.used_bytes(), max(1, await store.count_keys())
             looked_at = stored_anew = 0
-            async for page in compaction.pages(store, 500, 0, unix_ms):
+            async for page in Compactor(store).pages(500, 0, unix_ms):
                 looked_at, stored_anew = looked_at + page.looked_at, stored_anew + page.stored_anew
                 report("Compacting visitors", looked_at / total)
             return stored_anew, before, await store.used_bytes()

@@ -28,7 +28,9 @@ from loadtest.wanted import Wanted
 from loadtest.wrk import wrk
 from service.core import features
 from service.core.events import RECORD_BYTES
-from service.store import MOST_TRAIT_BYTES, History, Store
+from service.history import History
+from service.store import Store
+from service.visitors import MOST_TRAIT_BYTES, Visitors
 from training import specfile
 
 BATCH: Final = 100
@@ -90,7 +92,9 @@ async def fill(url: str, kept: Mapping[str, History]) -> None:
     }
     names = list(grown)
     for first in range(0, len(names), 500):
-        await store.append({name: grown[name] for name in names[first : first + 500]}, time.time_ns() // 1_000_000)
+        await Visitors(store).append(
+            {name: grown[name] for name in names[first : first + 500]}, time.time_ns() // 1_000_000
+        )
     await store.close()
 
 

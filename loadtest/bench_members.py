@@ -30,6 +30,7 @@ from loadtest.bench_memory import Command, Wire
 from loadtest.bench_memory import running as running_redis
 from loadtest.servers import free_port, running_on
 from service.members import Member, Members
+from service.persons import Persons
 from service.propensities import Propensities, Scored, pack
 from service.shards import Page, by_shard
 from service.store import Store
@@ -222,7 +223,7 @@ async def measure(path: str, visitors: int) -> bool:
     await timed("one page of 1,000 above 0.999", propensities.above(MODEL, 0.999, None, 1000))
     await timed("size of the audience", members.size(AUDIENCE))
     await timed("one page of 1,000 changes", members.changes(AUDIENCE, "", 1000))
-    await timed("erase a visitor", store.erase(ids[17]))
+    await timed("erase a visitor", Persons(store).erase(ids[17]))
     print("pages while everything changes:")
     walks = await walk_in_turbulence(store, [*ids[:17], *ids[18:]], note)
     await store.close()

@@ -30,9 +30,9 @@ from rich.progress import track
 from loadtest import machine
 from service.core import events
 from service.core.events import RECORD_BYTES
-from service.history import MOST_EVENTS
-from service.store import History, Store
-from service.workers import compaction
+from service.history import MOST_EVENTS, History
+from service.store import Store
+from service.workers.compaction import Compactor
 
 NOW_MS: Final = 1_790_000_000_000
 RETENTION_MS: Final = 97 * 86_400_000
@@ -209,7 +209,7 @@ async def compact(path: str, sample: list[str]) -> None:
     before = [told(history) for history in await store.read(sample)]
     total, looked_at = await store.count_keys(), 0
     with console.status("Compacting") as status:
-        async for page in compaction.pages(store, 500, 0, lambda: NOW_MS):
+        async for page in Compactor(store).pages(500, 0, lambda: NOW_MS):
             looked_at += page.looked_at
             status.update(f"Compacting {min(1, looked_at / total):.0%}")
     if [told(history) for history in await store.read(sample)] != before:

@@ -13,7 +13,9 @@ import yaml
 from loadtest.bench_features import NOW_MS
 from service.core import bundle, events, features, segments
 from service.core.features import Plan
-from service.store import History, Store
+from service.history import History
+from service.store import Store
+from service.visitors import Visitors
 from training import export, packing, reference
 from training.dataset import GoldenRow
 from training.export import Calibration
@@ -91,7 +93,7 @@ async def fill(url: str, kept: Mapping[str, History], matrix: Matrix) -> None:
     store = Store.open(url, namespace="p", retention_ms=RETENTION_MS, timeout_ms=10_000)
     names = list(kept)
     for first in range(0, len(names), 500):
-        await store.append({name: kept[name] for name in names[first : first + 500]}, NOW_MS)
+        await Visitors(store).append({name: kept[name] for name in names[first : first + 500]}, NOW_MS)
     await store.close()
     import redis.asyncio as redis
 

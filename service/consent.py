@@ -21,12 +21,13 @@ import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
+from service import joining
 from service.identity import EXTERNAL, HASHED, RULES, VERSIONS
-
-if TYPE_CHECKING:
-    from service.store import Store
+from service.keys import keys_of
+from service.servers import Refusal, granted
+from service.shards import Cache
 
 PURPOSES: Final = ("ads", "email", "crm", "analytics")
 # Segment's own example of a category, and the names of the purposes themselves.
@@ -137,8 +138,8 @@ def compact(blob: bytes, now_ms: int) -> bytes:
 class Identities:
     """What is known of many visitors, read from the feature cache."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, cache: Cache) -> None:
+        self._cache = cache
 
     async def read(self, visitor_ids: Sequence[str], now_ms: int | None = None) -> list[Known]:
         """What is known of each visitor. Nothing of an anonymous one who was joined into another.
@@ -146,8 +147,10 @@ class Identities:
         So a person who is in a list under both ids is sent once. Raises StoreError.
         """
         moment = time.time_ns() // 1_000_000 if now_ms is None else now_ms
-        blobs = await self._store.said(visitor_ids)
+        keys = [keys_of(self._cache.namespace, visitor_id).said for visitor_id in visitor_ids]
+        replies = await self._cache.attempt(*(("GET", key) for key in keys))
+        blobs = [b"" if isinstance(reply, Refusal) and reply.is_wrong_type else granted(reply) for reply in replies]
         return [
-            NOTHING if blob is None else known(name, blob, moment)
+            NOTHING if joining.is_linked(blob) else known(name, blob or b"", moment)
             for name, blob in zip(visitor_ids, blobs, strict=True)
         ]

@@ -2,7 +2,7 @@
 
 All three values of such a visitor - events, traits, what was said - begin with the same *head*: MAGIC, the length of
 the text that follows in two bytes, and that text, JSON `[[ts_ms, "ID"], ...]`: the logins, who was known from which
-moment on. What is appended later stands behind the head until it has been moved to its owner; see `Store.settle`.
+moment on. What is appended later stands behind the head until it has been moved to its owner; see `Visitors.settle`.
 
 The head is one byte longer than whole records of either size, so that the length of the value, which APPEND returns,
 tells that there is one. Its 22nd byte is the high byte of a kind that no event has, which is looked at anyway when a

@@ -12,7 +12,8 @@ from typing import Final
 from service import metrics
 from service.errors import StoreError
 from service.lifecycle import cancel
-from service.store import Store
+from service.shards import Cache
+from service.streams import ScoreStream
 
 # Scores of one entry of the stream.
 ENTRY_SCORES: Final = 100
@@ -23,8 +24,8 @@ _PAUSE_AFTER_FAILURE_S: Final = 1.0
 class ScoreLog:
     """Holds up to `buffer` scores and writes them to the stream, of which about `length` entries are kept."""
 
-    def __init__(self, store: Store, *, length: int, buffer: int) -> None:
-        self._store, self._length, self._buffer = store, length, buffer
+    def __init__(self, cache: Cache, *, length: int, buffer: int) -> None:
+        self._stream, self._length, self._buffer = ScoreStream(cache), length, buffer
         self._held: deque[bytes] = deque()
         self._some = asyncio.Event()
         self._writing = asyncio.create_task(self._write_on()) if length else None
@@ -61,7 +62,7 @@ class ScoreLog:
         entries = [b"\n".join(scores[first : first + ENTRY_SCORES]) for first in range(0, len(scores), ENTRY_SCORES)]
         try:
             if entries:
-                await self._store.log_scores(entries, self._length)
+                await self._stream.add(entries, self._length)
         except StoreError:
             self._some.set()
             return False

@@ -27,8 +27,8 @@ from service.core.features import Plan
 from service.core.segments import SEGMENTS
 from service.core.spec import Feature, Request, Trait
 from service.errors import InvalidRequest, Place, ServiceError, pointer
+from service.history import MOST_EVENTS, History
 from service.population import Histories, Population, Rows
-from service.store import MOST_EVENTS, History
 
 _DAY_MS: Final = 86_400_000
 

@@ -52,6 +52,13 @@ class Refusal(NamedTuple):
         return self.text.startswith(("READONLY", "CLUSTERDOWN", "MASTERDOWN", "LOADING"))
 
 
+def granted(reply: Any) -> Any:
+    """A reply that is no refusal. Raises StoreError for one."""
+    if isinstance(reply, Refusal):
+        raise StoreError(f"the feature cache refuses ({reply.text}); try again later")
+    return reply
+
+
 def without_arguments(text: str) -> str:
     """A server's error without what it was asked, which `unknown command` repeats: keys of visitors, passwords."""
     return text.partition(", with args beginning")[0]

@@ -62,6 +62,9 @@ class Cache(Protocol):
     async def run(self, *commands: Command) -> list[Any]:
         """The reply to each command. Raises StoreError where a server is lost or refuses one."""
 
+    async def attempt(self, *commands: Command) -> list[Any]:
+        """The same with a Refusal for what a server refuses."""
+
 
 def tag_of(text: str) -> str:
     """A text as it stands in keys and in sets: percent-encoded UTF-8, all but ASCII letters, digits and `_.-~`."""

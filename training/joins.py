@@ -1,6 +1,6 @@
 """Who an anonymous visitor of event files turned out to be, and what it did, given to whom it belongs. By DuckDB.
 
-The rules are those of `service.joining` and `Store.join`, for logins in the order of time; a test holds the two
+The rules are those of `service.joining` and `Persons.join`, for logins in the order of time; a test holds the two
 together. What follows for a moment is that of the service, too:
 
 - Before its first login an anonymous visitor has what it did, and nobody else has.

@@ -20,11 +20,15 @@ from service.api.body import JSONRoute
 from service.api.state import CurrentDoor, CurrentModels, CurrentSettings, CurrentStore
 from service.door import Door
 from service.errors import InvalidRequest, ModelNotReady, Place, RefusedEvent, TooLarge, answers
+from service.history import History
 from service.ingest import Accepted, Catalogue, Ignored, Refused
 from service.models import Models
+from service.persons import Persons
 from service.scoring import unix_ms
 from service.settings import Settings
-from service.store import History, Quarantined, Store
+from service.store import Store
+from service.streams import Quarantine, Quarantined
+from service.visitors import Visitors
 
 logger = logging.getLogger(__name__)
 
@@ -140,13 +144,14 @@ async def take(body: object, size: int, store: Store, models: Models, door: Door
     if is_alone and limit is not None:
         raise TooLarge(f"an event may have {limit} bytes; keep to what models and reports read")
     outcomes = [_judge(models.catalogue, door, event, limit, now_ms) for event in batch]
+    visitors = Visitors(store)
     with tracing.stage("store"):
-        outcomes = await _keep(store, outcomes, now_ms)
-        outcomes = await _keep_said(store, outcomes, now_ms)
-        await _join(store, outcomes, now_ms)
+        outcomes = await _keep(visitors, outcomes, now_ms)
+        outcomes = await _keep_said(visitors, outcomes, now_ms)
+        await _join(Persons(store), outcomes, now_ms)
         counts = Counter(map(type, outcomes))
         if counts[Refused]:
-            await _quarantine(store, batch, outcomes, now_ms, settings.quarantine_length)
+            await _quarantine(Quarantine(store), batch, outcomes, now_ms, settings.quarantine_length)
     for kind, status in _STATUS.items():
         metrics.events(status).add(counts[kind])
     models.intake.add(batch, outcomes, now_ms)
@@ -182,14 +187,14 @@ def _judge(catalogue: Catalogue, door: Door, event: Any, limit: int | None, now_
     return doors.take(door, event, outcome, now_ms, lambda what, became: metrics.said(what, became).add(1))
 
 
-async def _keep(store: Store, outcomes: list[Outcome], now_ms: int) -> list[Outcome]:
+async def _keep(visitors: Visitors, outcomes: list[Outcome], now_ms: int) -> list[Outcome]:
     """Store what was accepted; what the store cannot hold becomes refused, or is told if it is the traits alone."""
     additions = _by_visitor(outcomes)
     if not additions:
         return outcomes
     began = perf_counter()
     try:
-        lost = await store.append(additions, now_ms)
+        lost = await visitors.append(additions, now_ms)
     finally:
         metrics.redis_seconds("write").add(perf_counter() - began)
     if not lost:
@@ -202,7 +207,7 @@ async def _keep(store: Store, outcomes: list[Outcome], now_ms: int) -> list[Outc
     ]
 
 
-async def _keep_said(store: Store, outcomes: list[Outcome], now_ms: int) -> list[Outcome]:
+async def _keep_said(visitors: Visitors, outcomes: list[Outcome], now_ms: int) -> list[Outcome]:
     """Store what was said of persons."""
     parts: dict[str, list[bytes]] = {}
     for outcome in outcomes:
@@ -210,7 +215,7 @@ async def _keep_said(store: Store, outcomes: list[Outcome], now_ms: int) -> list
             parts.setdefault(outcome.visitor_id, []).append(outcome.said)
     if not parts:
         return outcomes
-    lost = await store.append_said({name: b"".join(said) for name, said in parts.items()}, now_ms)
+    lost = await visitors.append_said({name: b"".join(said) for name, said in parts.items()}, now_ms)
     return [
         _without_said(outcome)
         if isinstance(outcome, Accepted) and outcome.said and outcome.visitor_id in lost
@@ -227,13 +232,13 @@ def _without_said(outcome: Accepted) -> Outcome:
     return Refused("unfit", advice)
 
 
-async def _join(store: Store, outcomes: Sequence[Outcome], now_ms: int) -> None:
+async def _join(persons: Persons, outcomes: Sequence[Outcome], now_ms: int) -> None:
     """Join anonymous visitors into those they logged in as, after all that the events left is stored."""
     logins = dict.fromkeys(
         outcome.login for outcome in outcomes if isinstance(outcome, Accepted) and outcome.login is not None
     )
     if logins:
-        for became in await store.join(list(logins), now_ms):
+        for became in await persons.join(list(logins), now_ms):
             metrics.JOINS.labels(became).inc()
 
 
@@ -250,14 +255,14 @@ def _without(outcome: Accepted, lost: History) -> Outcome:
 
 
 async def _quarantine(
-    store: Store, batch: Sequence[object], outcomes: Sequence[Outcome], now_ms: int, length: int
+    quarantine: Quarantine, batch: Sequence[object], outcomes: Sequence[Outcome], now_ms: int, length: int
 ) -> None:
     refused = [
         Quarantined(outcome.reason, outcome.message, now_ms, ingest.visitor_ids(event), _told(event))
         for event, outcome in zip(batch, outcomes, strict=True)
         if isinstance(outcome, Refused) and outcome.reason != "size"
     ]
-    if refused and not await store.quarantine(refused[-length:], length):
+    if refused and not await quarantine.add(refused[-length:], length):
         logger.warning("%d refused events are not kept: the key of the quarantine holds something else", len(refused))
 
 

@@ -20,10 +20,11 @@ from service.core import events
 from service.core.bundle import Bundle
 from service.core.events import TRAIT_TEXT
 from service.errors import answers
+from service.history import MOST_EVENTS, History, compact_traits
 from service.ingest import LONGEST_ID, Catalogue
 from service.models import Models
+from service.persons import Persons
 from service.scoring import evaluate, iso_8601, unix_ms
-from service.store import MOST_EVENTS, History, compact_traits
 
 
 class AnythingConvertor(Convertor[str]):
@@ -97,7 +98,7 @@ async def get_visitor(visitor_id: VisitorId, store: CurrentStore, models: Curren
     """
     with tracing.stage("store"):
         [history] = await store.read([visitor_id])
-        person = await store.family(visitor_id)
+        person = await Persons(store).family(visitor_id)
         [known] = await Identities(store).read([person.visitor_id])
     now_ms = unix_ms()
     return VisitorOut(
@@ -123,7 +124,7 @@ async def erase_visitor(visitor_id: VisitorId, store: CurrentStore) -> Response:
     204 also where nothing was known.
     """
     with tracing.stage("store"):
-        await store.erase(visitor_id)
+        await Persons(store).erase(visitor_id)
     return Response(status_code=204)
 
 

@@ -15,6 +15,7 @@ from typing import Final
 
 from service import metrics
 from service.errors import StoreError
+from service.leases import lease
 from service.members import Members
 from service.propensities import Propensities
 from service.scoring import unix_ms
@@ -49,7 +50,7 @@ async def prune(store: Store, propensities: Propensities, owner: str, now_ms: in
     for model in await propensities.models():
         async for dropped in propensities.prune(model, now_ms - store.retention_ms):
             pruned, number = pruned + dropped, number + 1
-            if number % _RENEW_PAGES == 0 and not await store.lease(_LEASE, owner, _LEASE_MS):
+            if number % _RENEW_PAGES == 0 and not await lease(store, _LEASE, owner, _LEASE_MS):
                 return pruned
             await asyncio.sleep(pause_s)
     return pruned
@@ -77,9 +78,9 @@ async def _prune_in_turn(store: Store, propensities: Propensities, now_ms: Calla
     """Prune, if it is this process's turn."""
     owner = uuid.uuid4().hex  # of one pass, see `service.workers.compaction`
     try:
-        if await store.lease(_LEASE, owner, _LEASE_MS):
+        if await lease(store, _LEASE, owner, _LEASE_MS):
             pruned = await prune(store, propensities, owner, now_ms())
-            await store.lease(_LEASE, owner, BETWEEN_PASSES_MS)
+            await lease(store, _LEASE, owner, BETWEEN_PASSES_MS)
             if pruned:
                 logger.info("the propensity database forgot %d visitors who were not scored for long", pruned)
     except StoreError as error:

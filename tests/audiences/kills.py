@@ -28,8 +28,10 @@ import yaml
 
 from service import consent, embedded, identity
 from service.members import Members
+from service.persons import Persons
 from service.propensities import Propensities
 from service.store import Store
+from service.visitors import Visitors
 from tests.audiences.forks import Forked, Forks
 from tests.audiences.postgres import postgres
 from tests.audiences.receiving import SECRET, Receiving
@@ -95,7 +97,7 @@ class World:
         self.runner.run(self._write(one, b"".join([*hashes, said])))
 
     async def _write(self, one: Visitor, said: bytes) -> None:
-        await self.store.append_said({one.name: said}, time.time_ns() // 1_000_000)
+        await Visitors(self.store).append_said({one.name: said}, time.time_ns() // 1_000_000)
         await self.propensities.move(MODEL, {one.name: one.segment}, self.now_ms)
         for audience in self.defined:
             entered = {one.name: self.now_ms} if audience in one.audiences else {}
@@ -124,7 +126,7 @@ class World:
                 case 4:
                     one.audiences ^= {AUDIENCES[1]}
                 case 5:
-                    self.runner.run(self.store.erase(one.name))
+                    self.runner.run(Persons(self.store).erase(one.name))
                     one = self.visitors[place] = self.new()
             self.write(one)
         if self.dice.random() < 0.1:

@@ -26,6 +26,7 @@ from service.embedded import EmbeddedServer
 from service.members import Members
 from service.propensities import Propensities
 from service.store import Store
+from service.visitors import Visitors
 from tests.audiences.people import People, Somebody
 from tests.audiences.stubs import hubspot as hubspot_stub
 from tests.audiences.stubs import klaviyo as klaviyo_stub
@@ -208,7 +209,7 @@ async def fill(url: str, namespace: str, names: list[str]) -> None:
     members, propensities = Members(store), Propensities(store)
     for name in names:
         said = consent.statement(now_ms, {"ads": True, "crm": name != names[-1], "email": name != names[-1]}, True)
-        await store.append_said({name: said}, now_ms)
+        await Visitors(store).append_said({name: said}, now_ms)
         await propensities.move("shop", {name: "champions"}, now_ms)
     await members.change("everyone", dict.fromkeys(names, now_ms), [], now_ms, "test")
     definition = {"destinations": ["ours"], "min_size": 1, "model": "shop"}

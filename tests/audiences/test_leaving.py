@@ -21,6 +21,8 @@ from audiences.ledger import Ledger
 from audiences.live import Live
 from service import consent, identity
 from service.embedded import EmbeddedServer
+from service.persons import Persons
+from service.visitors import Visitors
 from tests.audiences.people import key_of
 from tests.audiences.receiving import SECRET, Receiving
 from tests.audiences.stubs import hubspot as hubspot_stub
@@ -56,7 +58,7 @@ class Shop:
         if agrees is not None:
             said += consent.statement(self.now_ms, dict.fromkeys(PURPOSES, agrees), True)
         with Live(self.settings) as live:
-            live.run(live.store.append_said({name: said}, time.time_ns() // 1_000_000))
+            live.run(Visitors(live.store).append_said({name: said}, time.time_ns() // 1_000_000))
 
     def enter(self, *names: str) -> None:
         with Live(self.settings) as live:
@@ -77,7 +79,7 @@ class Shop:
 
     def erase(self, name: str) -> None:
         with Live(self.settings) as live:
-            live.run(live.store.erase(name))
+            live.run(Persons(live.store).erase(name))
 
     def sync(self, destination: Destination) -> None:
         with Live(self.settings) as live:

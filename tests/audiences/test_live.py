@@ -14,6 +14,7 @@ from audiences.live import Live
 from service import consent
 from service.core.bundle import InvalidBundle
 from service.embedded import EmbeddedServer
+from service.visitors import Visitors
 from tests.conftest import MakeSettings
 
 SCORES = {"anna": 0.87654321, "bert": 0.25}
@@ -24,7 +25,7 @@ def live(make_settings: MakeSettings, embedded_server: EmbeddedServer) -> Iterat
     with Live(make_settings(redis_url=embedded_server.url)) as live:
         for name in SCORES:
             said = consent.statement(time.time_ns() // 1_000_000, {"crm": True}, True)
-            live.run(live.store.append_said({name: said}, time.time_ns() // 1_000_000))
+            live.run(Visitors(live.store).append_said({name: said}, time.time_ns() // 1_000_000))
         score(live, SCORES)
         live.run(live.members.change("vip", dict.fromkeys(SCORES, 1), [], 1, "test"))
         live.run(live.members.describe("vip", json.dumps({"model": "shop"}), 1))
@@ -54,7 +55,7 @@ def test_scores_that_tremble_change_few_percentiles(live: Live) -> None:
     live.run(live.members.change("vip", dict.fromkeys(names, 1), [], 1, "test"))
     for name in names:
         said = consent.statement(time.time_ns() // 1_000_000, {"crm": True}, True)
-        live.run(live.store.append_said({name: said}, time.time_ns() // 1_000_000))
+        live.run(Visitors(live.store).append_said({name: said}, time.time_ns() // 1_000_000))
     before = dice.uniform(0.1, 0.9, len(names))
     after = before + dice.normal(0, 0.0005, len(names))
     told = []

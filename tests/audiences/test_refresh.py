@@ -15,6 +15,7 @@ from audiences import definitions, population, refresh
 from audiences.definitions import InvalidDefinitions
 from audiences.refresh import Outcome, StaleScores
 from service.core.segments import SEGMENTS
+from service.persons import Persons
 from service.store import Store
 from tests.audiences.conftest import AT_MS, WriteScores
 from tests.audiences.lists import Killed, Lists, Scores
@@ -168,7 +169,7 @@ async def test_who_was_erased_after_the_scores_were_made_takes_nobodys_place(
     lists, scores = Lists(), Scores()
     lists.gone = set(sorted(random_scores(1), key=random_scores(1).__getitem__)[-50:])
     for visitor_id in lists.gone:
-        await store.erase(visitor_id)
+        await Persons(store).erase(visitor_id)
     day = Day(write_scores, two_models, 1, AT_MS)
     done = await day.refresh(lists, scores)
     assert done == await day.refresh(members.Members(store), propensities.Propensities(store))

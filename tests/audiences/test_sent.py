@@ -22,6 +22,7 @@ from audiences.live import Live
 from audiences.sent import Sent
 from service.core.errors import PropensityError
 from service.embedded import EmbeddedServer
+from service.persons import Persons
 from service.settings import Settings
 from tests.audiences.conftest import WriteScores
 from tests.audiences.kills import World
@@ -113,7 +114,7 @@ def test_a_preview_says_what_the_next_synchronisation_does(case: Case, ledger: L
     began_ms = time.time_ns() // 1_000_000
     case.sync(ledger, "theirs")
     gone, withdrawn = [one for one in case.world.visitors[25:30] if one.allowed][:2]
-    case.world.runner.run(case.world.store.erase(gone.name))
+    case.world.runner.run(Persons(case.world.store).erase(gone.name))
     case.world.visitors.remove(gone)
     withdrawn.allowed = False
     case.world.write(withdrawn)

@@ -24,6 +24,7 @@ from cli.audiences import status as showing
 from cli.audiences.sync import _print
 from service import identity
 from service.embedded import EmbeddedServer
+from service.persons import Persons
 from tests.audiences.hooks import hooked
 from tests.audiences.kills import AUDIENCES, MODEL, Visitor, World
 from tests.audiences.receiving import SECRET, Receiving
@@ -157,7 +158,7 @@ def test_who_is_erased_or_withdraws_is_gone_from_everything_after_the_next_run(
     url = f"sqlite:///{tmp_path / 'ledger.db'}"
     assert run("sync", "--to", "ours", "--ledger", url).status == 0
     erased, withdrawn = [one for one in world.visitors if one.allowed and one.audiences == set(AUDIENCES)][:2]
-    world.runner.run(world.store.erase(erased.name))
+    world.runner.run(Persons(world.store).erase(erased.name))
     withdrawn.allowed = False
     world.write(withdrawn)
     done = run("sync", "--to", "ours", "--ledger", url, "--json")
@@ -391,7 +392,7 @@ def test_erased_visitors_are_told_of_by_key_alone(run: Run, world: World, tmp_pa
         (tmp_path / "destinations.yaml").write_text(yaml.safe_dump({"triggers": {"moves": moves}}))
         assert run("triggers", "run").status == 0
         erased = next(one for one in world.visitors if one.audiences == {"first"})
-        world.runner.run(world.store.erase(erased.name))
+        world.runner.run(Persons(world.store).erase(erased.name))
         assert run("triggers", "run").status == 0
         [event] = hook.told
         assert event["data"] == {

@@ -10,7 +10,9 @@ import pytest
 from cli import main as command_line
 from service.core import events
 from service.embedded import EmbeddedServer
-from service.store import History, Store
+from service.history import History
+from service.store import Store
+from service.visitors import Visitors
 from tests.conftest import free_port
 
 NOW_MS = 1_767_225_600_000
@@ -22,7 +24,7 @@ async def append_one_by_one(url: str, visitors: int) -> None:
     for number in range(20):
         record = events.pack(NOW_MS + number, 1, number + 1, 0, 1.0)
         trait = events.pack(NOW_MS + number, events.TRAIT_NUMBER, 7, 0, 1.0)
-        await store.append({f"visitor-{place}": History(record, trait) for place in range(visitors)}, NOW_MS)
+        await Visitors(store).append({f"visitor-{place}": History(record, trait) for place in range(visitors)}, NOW_MS)
     await store.close()
 
 

@@ -17,6 +17,7 @@ from service import consent, identity
 from service.embedded import EmbeddedServer
 from service.members import Members
 from service.store import Store
+from service.visitors import Visitors
 from tests.cli.test_commands import propensity
 
 
@@ -45,7 +46,7 @@ async def fill(url: str, agreed: int, refused: int) -> None:
             consent.identifier(now_ms, [form], identity.hashed(form, f"{name}@example.com")) for form in identity.EMAILS
         ]
         said = consent.statement(now_ms, {"ads": number < agreed}, True)
-        await store.append_said({name: b"".join([*own, said])}, now_ms)
+        await Visitors(store).append_said({name: b"".join([*own, said])}, now_ms)
     await members.change("low_priority", dict.fromkeys([*names, "unknown"], now_ms), [], now_ms, "test")
     await members.describe("low_priority", json.dumps({"min_size": 3}), now_ms)
     await store.close()

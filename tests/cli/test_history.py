@@ -30,9 +30,10 @@ from service.core import events, features
 from service.core.spec import FeatureSpec
 from service.door import Door
 from service.errors import StoreError
-from service.history import compact_traits
+from service.history import History, compact_traits
+from service.persons import Persons
 from service.settings import Settings
-from service.store import History, Store
+from service.visitors import Visitors
 from tests.conftest import MakeSettings, wait_until
 from training import source, specfile
 from training.source import UnreadableEvents
@@ -201,7 +202,7 @@ def test_what_came_live_before_or_while_replaying_is_not_doubled(shop: Path, set
         async with open_store(settings, DAY_MS) as store:
             for item in live:
                 assert isinstance(item, ingest.Accepted)
-                await store.append({item.visitor_id: History(item.events, item.traits)}, START_MS)
+                await Visitors(store).append({item.visitor_id: History(item.events, item.traits)}, START_MS)
 
     asyncio.run(send())
     replay(shop, settings)
@@ -215,17 +216,17 @@ def test_what_came_live_before_or_while_replaying_is_not_doubled(shop: Path, set
 def test_a_replay_that_was_cut_off_resumes_where_it_was(
     shop: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted, real, calls = expected(shop), Store.append_missing, 0
+    wanted, real, calls = expected(shop), Visitors.append_missing, 0
 
-    async def failing(store: Store, additions: Mapping[str, History], now_ms: int) -> int:
+    async def failing(visitors: Visitors, additions: Mapping[str, History], now_ms: int) -> int:
         nonlocal calls
         calls += 1
         if calls == 12:
             raise StoreError("the feature cache failed (ConnectionError); try again later")
-        return await real(store, additions, now_ms)
+        return await real(visitors, additions, now_ms)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Store, "append_missing", failing)
+        patched.setattr(Visitors, "append_missing", failing)
         with pytest.raises(StoreError, match="try again later"):
             replay(shop, settings)
     before = records_in(stored(settings, list(wanted)))
@@ -241,13 +242,14 @@ def test_a_replay_that_was_killed_resumes_and_nothing_is_lost_or_doubled(shop: P
     wanted = expected(shop)
     url, namespace = str(settings.redis_url), settings.namespace
     code = (
-        "import time; from cli import history, main; from service.store import Store; from training import source\n"
+        "import time; from cli import history, main\n"
+        "from service.visitors import Visitors; from training import source\n"
         "source._PARTITION_ROWS, history.VISITORS_AT_ONCE = 300, 7\n"
-        "real = Store.append_missing\n"
+        "real = Visitors.append_missing\n"
         "async def slow(*arguments):\n"
         "    time.sleep(0.1)\n"
         "    return await real(*arguments)\n"
-        "Store.append_missing = slow\n"
+        "Visitors.append_missing = slow\n"
         "main.main()\n"
     )
     process = subprocess.Popen(
@@ -430,9 +432,9 @@ async def sent_live(settings: Settings, spec: FeatureSpec, sent: list[dict[str, 
             assert not isinstance(outcome, ingest.Refused)
             outcome = door.take(told_by, event, outcome, START_MS + DAY_MS, lambda what, became: None)
             if isinstance(outcome, ingest.Accepted):
-                await store.append({outcome.visitor_id: History(outcome.events, outcome.traits)}, START_MS)
-                await store.append_said({outcome.visitor_id: outcome.said} if outcome.said else {}, START_MS)
-                await store.join([outcome.login] if outcome.login else [], START_MS)
+                await Visitors(store).append({outcome.visitor_id: History(outcome.events, outcome.traits)}, START_MS)
+                await Visitors(store).append_said({outcome.visitor_id: outcome.said} if outcome.said else {}, START_MS)
+                await Persons(store).join([outcome.login] if outcome.login else [], START_MS)
 
 
 async def known_of_all(settings: Settings) -> list[object]:
@@ -441,7 +443,7 @@ async def known_of_all(settings: Settings) -> list[object]:
             (events.compact(found.events, 10**6), compact_traits(found.traits, START_MS + DAY_MS))
             for found in await store.read(PERSONS)
         ]
-        families = [await store.family(visitor) for visitor in PERSONS]
+        families = [await Persons(store).family(visitor) for visitor in PERSONS]
         return [histories, families, await Identities(store).read(PERSONS, START_MS + DAY_MS)]
 
 

@@ -10,29 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-import numpy as np
 import pytest
 
+from cli.history import mark_replayed, replayed
 from service.core import events
 from service.errors import StoreError
-from service.history import unfold
+from service.history import History, unfold
+from service.persons import Persons
 from service.servers import UNREAD, owners_from, slot_of
-from service.store import History, Quarantined, Store
-from service.workers import compaction
+from service.store import Store
+from service.streams import Quarantine, Quarantined, ScoreStream
+from service.visitors import Visitors
+from service.workers.compaction import Compactor
 from tests.conftest import RedisServer, StartService, free_port, wait_until
 from tests.service.conftest import Cluster, RedisProcess
+from tests.service.histories import NOW_MS, some
 
 pytestmark = [pytest.mark.anyio, pytest.mark.redis]
 
-NOW_MS = 1_767_225_600_000
 DAY_MS = 86_400_000
 VISITORS = [f"visitor-{place}" for place in range(60)]
-
-
-def some(count: int, first_ms: int = NOW_MS, seed: int = 0) -> bytes:
-    """Events one millisecond apart, in order."""
-    ids = np.random.default_rng(seed).integers(1, 2**32, count)
-    return events.records(first_ms + np.arange(count), np.ones(count), ids, ids, np.ones(count)).tobytes()
 
 
 def known(place: int) -> History:
@@ -99,7 +96,7 @@ def test_owners_are_read_from_the_table_of_slots() -> None:
 
 
 async def test_visitors_are_spread_over_all_servers_and_read_in_order(shared: Store, cluster: Cluster) -> None:
-    assert await shared.append(KNOWN, NOW_MS) == {}
+    assert await Visitors(shared).append(KNOWN, NOW_MS) == {}
     sizes = [count_keys(node, shared) for node in cluster.nodes]
     assert sum(sizes) == 2 * len(VISITORS)
     assert min(sizes) > 10
@@ -108,26 +105,26 @@ async def test_visitors_are_spread_over_all_servers_and_read_in_order(shared: St
 
 
 async def test_everything_else_works_over_all_servers(store: Store, broken_cluster: Cluster) -> None:
-    await store.append(KNOWN, NOW_MS)
+    await Visitors(store).append(KNOWN, NOW_MS)
     await store.ping()
-    sample = await store.sample(300)
+    sample = await Visitors(store).sample(300)
     assert set(sample) <= set(VISITORS)
     assert len({broken_cluster.owner_of(store.keys(visitor)[0]).port for visitor in sample}) == 3
-    await store.quarantine([Quarantined("type", "no such type", NOW_MS, ("visitor-1",), "{}")], 10)
-    await store.log_scores([b'{"score_id":"1","visitor_id":"visitor-1",}'], 10)
-    await store.mark_replayed("mark", 3)
-    assert await store.replayed("mark") == {3}
-    assert await store.append_missing(KNOWN, NOW_MS) == 0
-    assert await store.erase("visitor-1")
-    assert not await store.erase("visitor-1")
-    assert await store.quarantined() == []
+    await Quarantine(store).add([Quarantined("type", "no such type", NOW_MS, ("visitor-1",), "{}")], 10)
+    await ScoreStream(store).add([b'{"score_id":"1","visitor_id":"visitor-1",}'], 10)
+    await mark_replayed(store, "mark", 3)
+    assert await replayed(store, "mark") == {3}
+    assert await Visitors(store).append_missing(KNOWN, NOW_MS) == 0
+    assert await Persons(store).erase("visitor-1")
+    assert not await Persons(store).erase("visitor-1")
+    assert await Quarantine(store).latest() == []
     assert await store.read(["visitor-1", "visitor-2"]) == [History(), KNOWN["visitor-2"]]
 
 
 async def test_compaction_visits_every_server(shared: Store, cluster: Cluster) -> None:
     for _ in range(3):
-        await shared.append(KNOWN, NOW_MS)
-    stored_anew = [page.stored_anew async for page in compaction.pages(shared, 10, 0, lambda: NOW_MS)]
+        await Visitors(shared).append(KNOWN, NOW_MS)
+    stored_anew = [page.stored_anew async for page in Compactor(shared).pages(10, 0, lambda: NOW_MS)]
     assert sum(stored_anew) == len(VISITORS)
     assert sum(count_keys(node, shared) for node in cluster.nodes) == len(VISITORS)
     assert await shared.read(VISITORS) == list(KNOWN.values())
@@ -136,7 +133,7 @@ async def test_compaction_visits_every_server(shared: Store, cluster: Cluster) -
 async def test_one_server_of_the_url_is_enough(cluster: Cluster) -> None:
     url = f"redis+cluster://127.0.0.1:{free_port()},127.0.0.1:{cluster.nodes[1].port}"
     store = Store.open(url, namespace=f"cluster-{uuid.uuid4().hex[:12]}", retention_ms=DAY_MS)
-    await store.append(KNOWN, NOW_MS)
+    await Visitors(store).append(KNOWN, NOW_MS)
     assert await store.read(VISITORS) == list(KNOWN.values())
     await store.close()
 
@@ -152,7 +149,12 @@ async def test_a_server_that_is_of_no_cluster_is_named_as_the_mistake(own_redis_
 async def test_without_any_server_it_is_a_store_error_in_time() -> None:
     store = Store.open(f"redis+cluster://127.0.0.1:{free_port()}", namespace="p", retention_ms=DAY_MS)
     started = time.monotonic()
-    for asking in (store.read(["a"]), store.append({"a": known(1)}, NOW_MS), store.ask(["a"]), store.erase("a")):
+    for asking in (
+        store.read(["a"]),
+        Visitors(store).append({"a": known(1)}, NOW_MS),
+        store.ask(["a"]),
+        Persons(store).erase("a"),
+    ):
         with pytest.raises(StoreError):
             await asking
     assert time.monotonic() - started < 1
@@ -189,7 +191,7 @@ async def test_a_visitor_whose_slot_moves_is_read_and_written_all_the_while(
 ) -> None:
     visitor = "visitor-7"
     events_key, traits_key = store.keys(visitor)
-    await store.append({visitor: History(some(1))}, NOW_MS)
+    await Visitors(store).append({visitor: History(some(1))}, NOW_MS)
     await store.read(VISITORS)  # the servers are known
     move = Move(broken_cluster, events_key)
     held = some(1)
@@ -197,7 +199,7 @@ async def test_a_visitor_whose_slot_moves_is_read_and_written_all_the_while(
     async def write_and_read(number: int) -> None:
         nonlocal held
         added = some(1, NOW_MS + number, seed=number)
-        await store.append({visitor: History(added)}, NOW_MS)
+        await Visitors(store).append({visitor: History(added)}, NOW_MS)
         held += added
         assert await store.read([visitor]) == [History(held)]
         assert await asked(store, [visitor]) == {visitor: History(held)}
@@ -206,18 +208,18 @@ async def test_a_visitor_whose_slot_moves_is_read_and_written_all_the_while(
     move.take(events_key)
     await write_and_read(2)  # ASK
     trait = known(5).traits
-    await store.append({visitor: History(b"", trait)}, NOW_MS)
+    await Visitors(store).append({visitor: History(b"", trait)}, NOW_MS)
     assert await store.read([visitor]) == [History(held, trait)]
     move.finish()
     assert await store.read([visitor]) == [History(held, trait)]  # MOVED
     added = some(1, NOW_MS + 3, seed=3)
-    await store.append({visitor: History(added)}, NOW_MS)
+    await Visitors(store).append({visitor: History(added)}, NOW_MS)
     assert await asked(store, [visitor]) == {visitor: History(held + added, trait)}
     assert broken_cluster.owner_of(events_key) is move.target
 
 
 async def test_nothing_acknowledged_is_lost_while_slots_move_under_load(store: Store, broken_cluster: Cluster) -> None:
-    await store.append(KNOWN, NOW_MS)
+    await Visitors(store).append(KNOWN, NOW_MS)
     held = {visitor: [history.events] for visitor, history in KNOWN.items()}
     moving = True
 
@@ -227,7 +229,7 @@ async def test_nothing_acknowledged_is_lost_while_slots_move_under_load(store: S
             number += 1
             for visitor in VISITORS[first::4]:
                 added = some(1, NOW_MS + 1000 * number, seed=number)
-                await store.append({visitor: History(added)}, NOW_MS)
+                await Visitors(store).append({visitor: History(added)}, NOW_MS)
                 held[visitor].append(added)
 
     async def move_slots() -> None:
@@ -252,7 +254,7 @@ async def test_nothing_acknowledged_is_lost_while_slots_move_under_load(store: S
 
 @pytest.mark.alone
 async def test_one_dead_server_takes_its_visitors_alone(store: Store, broken_cluster: Cluster) -> None:
-    await store.append(KNOWN, NOW_MS)
+    await Visitors(store).append(KNOWN, NOW_MS)
     dead = broken_cluster.nodes[0]
     lost = visitors_of(broken_cluster, store, dead)
     dead.kill()
@@ -263,9 +265,9 @@ async def test_one_dead_server_takes_its_visitors_alone(store: Store, broken_clu
     with pytest.raises(StoreError):
         await store.read(VISITORS)
     with pytest.raises(StoreError):
-        await store.append({lost[0]: known(1)}, NOW_MS)
+        await Visitors(store).append({lost[0]: known(1)}, NOW_MS)
     kept = next(visitor for visitor in VISITORS if visitor not in lost)
-    await store.append({kept: History(some(1, NOW_MS + 5000, seed=99))}, NOW_MS)
+    await Visitors(store).append({kept: History(some(1, NOW_MS + 5000, seed=99))}, NOW_MS)
     dead.start()
     wait_until(broken_cluster.is_whole)
     started = time.monotonic()
@@ -276,7 +278,7 @@ async def test_one_dead_server_takes_its_visitors_alone(store: Store, broken_clu
 
 @pytest.mark.alone
 async def test_one_hanging_server_holds_the_others_up_once(store: Store, broken_cluster: Cluster) -> None:
-    await store.append(KNOWN, NOW_MS)
+    await Visitors(store).append(KNOWN, NOW_MS)
     await asked(store, VISITORS)
     hanging = broken_cluster.nodes[1]
     lost = visitors_of(broken_cluster, store, hanging)
@@ -300,21 +302,21 @@ async def test_a_replica_that_takes_over_is_followed(own_cluster: Cluster) -> No
     replica, master = own_cluster.add_node(), own_cluster.nodes[0]
     own_cluster.meet(own_cluster.nodes)
     replica.run("CLUSTER", "REPLICATE", master.run("CLUSTER", "MYID").decode())
-    await store.append(KNOWN, NOW_MS)
+    await Visitors(store).append(KNOWN, NOW_MS)
     wait_until(lambda: replica.run("DBSIZE") == master.run("DBSIZE") > 0)
     master.kill()
     started = time.monotonic()
     while (await asked(store, VISITORS)) != KNOWN:
         assert time.monotonic() - started < 15
         await asyncio.sleep(0.05)
-    await store.append({visitor: History(some(1, NOW_MS + 9000, seed=9)) for visitor in VISITORS}, NOW_MS)
+    await Visitors(store).append({visitor: History(some(1, NOW_MS + 9000, seed=9)) for visitor in VISITORS}, NOW_MS)
     assert replica.run("ROLE")[0] == b"master"
     await store.close()
 
 
 async def test_a_cluster_that_died_as_a_whole_is_a_store_error(own_cluster: Cluster) -> None:
     store = opened(own_cluster)
-    await store.append(KNOWN, NOW_MS)
+    await Visitors(store).append(KNOWN, NOW_MS)
     own_cluster.kill()
     with pytest.raises(StoreError):
         await store.ask(VISITORS)

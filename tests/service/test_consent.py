@@ -17,7 +17,10 @@ from service import consent
 from service.consent import NOTHING, RECORD_BYTES, Identities, identifier, known, statement
 from service.identity import EMAILS, PHONES, hashed
 from service.joining import Login
+from service.keys import keys_of
+from service.persons import Persons
 from service.store import Store
+from service.visitors import Visitors
 
 NOW_MS = 1_767_225_600_000
 DAY_MS = 86_400_000
@@ -118,21 +121,23 @@ async def store(every_store_url: str) -> AsyncIterator[Store]:
 
 @pytest.mark.anyio
 async def test_what_is_said_is_added_and_read_with_an_end(store: Store, direct: redis.Redis) -> None:
-    assert await store.append_said({"a": agreed(1, ads=True)}, NOW_MS) == set()
-    assert await store.append_said({"a": agreed(2, ads=False), "b": agreed(3, crm=True)}, NOW_MS) == set()
+    assert await Visitors(store).append_said({"a": agreed(1, ads=True)}, NOW_MS) == set()
+    assert await Visitors(store).append_said({"a": agreed(2, ads=False), "b": agreed(3, crm=True)}, NOW_MS) == set()
     a, b, c = await Identities(store).read(["a", "b", "c"], NOW_MS)
     assert (a.consents["ads"], b.consents["crm"], c) == (False, True, NOTHING)
-    assert 0 < direct.pttl(store._said_key("a")) <= DAY_MS
-    assert await store.erase("a")
+    assert 0 < direct.pttl(keys_of(store.namespace, "a").said) <= DAY_MS
+    assert await Persons(store).erase("a")
     assert await Identities(store).read(["a"], NOW_MS) == [NOTHING]
-    assert not await store.erase("a")
+    assert not await Persons(store).erase("a")
 
 
 @pytest.mark.anyio
 async def test_what_is_said_again_and_again_stays_bounded(store: Store, direct: redis.Redis) -> None:
     for moment in range(500):
-        await store.append_said({"a": agreed(moment, ads=moment % 2 == 0) + identifier(moment, EMAILS, DANA)}, NOW_MS)
-    assert direct.strlen(store._said_key("a")) <= consent.MOST_BYTES + 2 * RECORD_BYTES
+        await Visitors(store).append_said(
+            {"a": agreed(moment, ads=moment % 2 == 0) + identifier(moment, EMAILS, DANA)}, NOW_MS
+        )
+    assert direct.strlen(keys_of(store.namespace, "a").said) <= consent.MOST_BYTES + 2 * RECORD_BYTES
     [found] = await Identities(store).read(["a"], NOW_MS)
     assert not found.consents["ads"]
     assert found.identifiers == {form: (DANA,) for form in EMAILS}
@@ -140,19 +145,21 @@ async def test_what_is_said_again_and_again_stays_bounded(store: Store, direct: 
 
 @pytest.mark.anyio
 async def test_a_key_that_holds_something_else_costs_its_visitor_alone(store: Store, direct: redis.Redis) -> None:
-    direct.lpush(store._said_key("spoilt"), "x")
-    assert await store.append_said(dict.fromkeys(("spoilt", "sound"), agreed(1, ads=True)), NOW_MS) == {"spoilt"}
+    direct.lpush(keys_of(store.namespace, "spoilt").said, "x")
+    assert await Visitors(store).append_said(dict.fromkeys(("spoilt", "sound"), agreed(1, ads=True)), NOW_MS) == {
+        "spoilt"
+    }
     spoilt, sound = await Identities(store).read(["spoilt", "sound"], NOW_MS)
     assert (spoilt, sound.consents["ads"]) == (NOTHING, True)
-    assert await store.erase("spoilt")
+    assert await Persons(store).erase("spoilt")
 
 
 @pytest.mark.anyio
 async def test_of_a_person_with_two_ids_one_alone_is_known(store: Store) -> None:
     said = identifier(1, EMAILS, DANA) + agreed(1, ads=True)
-    await store.append_said({"anonymous": said}, NOW_MS)
-    assert await store.join([("anonymous", Login(2, "known"))], NOW_MS) == ["joined"]
-    await store.append_said({"anonymous": agreed(3, ads=False, crm=True)}, NOW_MS)
+    await Visitors(store).append_said({"anonymous": said}, NOW_MS)
+    assert await Persons(store).join([("anonymous", Login(2, "known"))], NOW_MS) == ["joined"]
+    await Visitors(store).append_said({"anonymous": agreed(3, ads=False, crm=True)}, NOW_MS)
     anonymous, found = await Identities(store).read(["anonymous", "known"], NOW_MS)
     assert anonymous == NOTHING
     assert found.identifiers == {form: (DANA,) for form in EMAILS}

@@ -222,7 +222,7 @@ class Finder:
         if name == "uvicorn.loops.uvloop":
             from service import scoring
             from service.api.express import ExpressLane
-            from service.store import Store
+            from service.persons import Persons
             read, score = ExpressLane.read, scoring.score_by_model
 
             def fail_to_read(self, data):
@@ -238,7 +238,7 @@ class Finder:
             async def fail(self, visitor_id):
                 raise KeyError(visitor_id)
 
-            ExpressLane.read, scoring.score_by_model, Store.erase = fail_to_read, fail_to_score, fail
+            ExpressLane.read, scoring.score_by_model, Persons.erase = fail_to_read, fail_to_score, fail
 
 sys.meta_path.insert(0, Finder())
 """

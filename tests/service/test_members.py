@@ -16,9 +16,12 @@ from hypothesis import strategies as st
 from service.core import events
 from service.erasures import key_of
 from service.errors import CursorGone, InvalidCursor
+from service.history import History
 from service.members import ERASED, Change, Member, Members, TooManyAudiences
+from service.persons import Persons
 from service.servers import Command
-from service.store import History, Store
+from service.store import Store
+from service.visitors import Visitors
 from tests.conftest import RedisServer
 
 pytestmark = pytest.mark.anyio
@@ -96,8 +99,8 @@ async def test_erasing_leaves_one_change_without_the_id(store: Store) -> None:
     await members.change("best", {"gone": 1, "stays": 2}, [], NOW_MS, "score")
     await members.change("best", {}, ["gone"], NOW_MS, "score")
     await members.change("best", {"gone": 3}, [], NOW_MS, "score")
-    assert await store.erase("gone")
-    assert not await store.erase("gone")
+    assert await Persons(store).erase("gone")
+    assert not await Persons(store).erase("gone")
     assert await members_of(members, "best") == {"stays": 2}
     told = [(one.visitor_id, one.entered, one.why) for one in await changes_of(members, "best", n=1)]
     assert told == [("stays", True, "score"), (key_of("gone"), False, ERASED)]
@@ -170,12 +173,12 @@ async def test_a_page_that_is_shorter_by_who_was_erased_is_not_taken_for_the_las
 
 async def test_who_was_erased_does_not_enter_again_before_coming_back(store: Store) -> None:
     members = Members(store)
-    await store.append({"gone": History(events.pack(NOW_MS, 1, 1, 1, 1.0)), "stays": History()}, NOW_MS)
+    await Visitors(store).append({"gone": History(events.pack(NOW_MS, 1, 1, 1, 1.0)), "stays": History()}, NOW_MS)
     await members.change("best", {"gone": 1, "stays": 2}, [], NOW_MS, "score")
-    await store.erase("gone")
+    await Persons(store).erase("gone")
     await members.change("best", {"gone": 1, "stays": 2}, [], NOW_MS, "score")
     assert await members_of(members, "best") == {"stays": 2}
-    await store.append({"gone": History(events.pack(NOW_MS + 1, 1, 1, 1, 1.0))}, NOW_MS + 1)
+    await Visitors(store).append({"gone": History(events.pack(NOW_MS + 1, 1, 1, 1, 1.0))}, NOW_MS + 1)
     await members.change("best", {"gone": 3}, [], NOW_MS, "score")
     assert await members_of(members, "best") == {"stays": 2, "gone": 3}
 

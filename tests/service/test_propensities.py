@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 import numpy as np
 import pytest
 
+from service.persons import Persons
 from service.propensities import MOMENT_MS, Propensities, Scored
 from service.shards import SHARDS, shard_of
 from service.store import Store
@@ -115,8 +116,8 @@ async def test_an_erased_visitor_is_nowhere(store: Store) -> None:
     propensities = Propensities(store)
     await propensities.put("shop", "1", ["a", "b"], [0.5, 0.25], NOW_MS)
     await propensities.move("shop", {"a": "champions", "b": "nurture"}, NOW_MS)
-    assert await store.erase("a")
-    assert not await store.erase("a")
+    assert await Persons(store).erase("a")
+    assert not await Persons(store).erase("a")
     assert await propensities.top("shop", 5) == [Scored("b", 0.25)]
     assert await all_above(propensities, 0, 5) == {"b": 0.25}
     assert await propensities.segments("shop", ["a", "b"]) == [None, ("nurture", NOW_MS)]
@@ -145,7 +146,7 @@ async def test_a_batch_that_was_made_before_brings_nobody_back_who_was_erased(st
         live[shard_of("gone")]["gone"] = 0.25, NOW_MS
         await propensities.put_live("shop", "1", live)
         await propensities.move("shop", {"a": "champions", "gone": "nurture"}, NOW_MS)
-        await store.erase("gone")
+        await Persons(store).erase("gone")
     assert await propensities.of("shop", ["a", "gone"]) == [0.5, None]
     await propensities.put("shop", "1", ["a", "gone"], [0.5, 0.25], NOW_MS)
     await propensities.put_live("shop", "1", live)

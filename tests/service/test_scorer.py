@@ -16,13 +16,16 @@ from service import models
 from service.breaker import State
 from service.core import events
 from service.errors import Overloaded, UnknownModel
+from service.history import History
 from service.joining import Login
 from service.models import Models
 from service.pace import GROUP
+from service.persons import Persons
 from service.reader import Values
 from service.scorer import GROUPS_OF_BATCHES, Outcome, Scorer
 from service.scoring import Score, ScoreFailure, ScoreRequest, Timing
-from service.store import History, Store
+from service.store import Store
+from service.visitors import Visitors
 from tests.conftest import DAY_MS, SHOP, RedisServer, WriteBundle
 
 pytestmark = pytest.mark.anyio
@@ -41,7 +44,7 @@ async def store(store_url: str) -> AsyncIterator[Store]:
 async def own_store(own_redis_server: RedisServer) -> AsyncIterator[Store]:
     """Over a server that the test may stop."""
     opened = Store.open(own_redis_server.url, namespace="p", retention_ms=DAY_MS)
-    await opened.append({"a": events_of(3)}, NOW_MS)
+    await Visitors(opened).append({"a": events_of(3)}, NOW_MS)
     yield opened
     await opened.close()
 
@@ -81,7 +84,7 @@ async def test_each_of_many_at_once_gets_its_own_answer_though_neighbours_are_ca
     count = 3000
     scorer = scorer_of(store, loaded, deadline_ms=20_000, queue_length=count)
     for first in range(0, count, 500):
-        await store.append({f"v{row}": events_of(row % 97) for row in range(first, first + 500)}, NOW_MS)
+        await Visitors(store).append({f"v{row}": events_of(row % 97) for row in range(first, first + 500)}, NOW_MS)
     tasks = [asyncio.create_task(asked(scorer, f"v{row}")) for row in range(count)]
     gone = set()
     for row, task in enumerate(tasks):
@@ -149,7 +152,7 @@ async def test_a_group_of_several_models_gives_each_its_own(
 ) -> None:
     for name, weight in (("a", 0.1), ("b", 0.9)):
         write_bundle(tmp_path, {**SHOP, "model": name}, weight=weight)
-    await store.append({"v": events_of(5)}, NOW_MS)
+    await Visitors(store).append({"v": events_of(5)}, NOW_MS)
     scorer = scorer_of(store, models.load(tmp_path))
     names = ["a", "b", "gone"] * 20
     outcomes = await asyncio.gather(*(scorer.score_one(ScoreRequest("v", name)) for name in names))
@@ -225,7 +228,7 @@ async def test_a_hanging_cache_costs_each_request_its_own_time_and_the_next_noth
 async def test_those_who_did_not_wait_leave_the_others_their_own_histories(
     own_store: Store, own_redis_server: RedisServer, loaded: Models
 ) -> None:
-    await own_store.append({f"v{row}": events_of(row) for row in range(40)}, NOW_MS)
+    await Visitors(own_store).append({f"v{row}": events_of(row) for row in range(40)}, NOW_MS)
     scorer = scorer_of(own_store, loaded)
     await asked(scorer)
     stop(own_redis_server)
@@ -250,7 +253,7 @@ async def test_the_breaker_opens_on_failures_in_a_row_and_closes_when_the_cache_
     await asyncio.sleep(0.3)
     assert scorer.breaker_state in ("open", "half_open")
     own_redis_server.start()
-    await own_store.append({"a": events_of(2)}, NOW_MS)
+    await Visitors(own_store).append({"a": events_of(2)}, NOW_MS)
     until = time.monotonic() + 1
     while scorer.breaker_state != "closed":
         assert time.monotonic() < until
@@ -276,7 +279,7 @@ async def test_one_lost_connection_is_one_failure_however_many_wait_on_it(
 
 @pytest.mark.alone
 async def test_a_loop_that_was_held_up_does_not_blame_the_cache(store: Store, loaded: Models) -> None:
-    await store.append({"a": events_of(3)}, NOW_MS)
+    await Visitors(store).append({"a": events_of(3)}, NOW_MS)
     scorer = scorer_of(store, loaded, deadline_ms=30)
     await asked(scorer)
     answer = asyncio.create_task(asked(scorer))
@@ -343,8 +346,8 @@ async def test_of_many_at_once_the_joined_ones_are_scored_as_those_whom_they_wer
     store: Store, loaded: Models
 ) -> None:
     scorer, count = scorer_of(store, loaded), 200
-    await store.append({f"u{row}": events_of(row % 40) for row in range(count)}, NOW_MS)
-    await store.join([(f"a{row}", Login(NOW_MS, f"u{row}")) for row in range(count)], NOW_MS)
+    await Visitors(store).append({f"u{row}": events_of(row % 40) for row in range(count)}, NOW_MS)
+    await Persons(store).join([(f"a{row}", Login(NOW_MS, f"u{row}")) for row in range(count)], NOW_MS)
     names = [f"{side}{row}" for row in range(count) for side in "au"]
     answers = await asyncio.gather(*(asked(scorer, name) for name in names))
     assert [answer.visitor_id for answer in answers] == names
@@ -357,7 +360,7 @@ async def test_of_many_at_once_the_joined_ones_are_scored_as_those_whom_they_wer
 async def test_a_joined_visitor_whose_second_read_hangs_is_scored_without_it_in_time(
     own_store: Store, own_redis_server: RedisServer, loaded: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await own_store.join([("joined", Login(NOW_MS, "a"))], NOW_MS)
+    await Persons(own_store).join([("joined", Login(NOW_MS, "a"))], NOW_MS)
     scorer, ask = scorer_of(own_store, loaded, deadline_ms=200, breaker_failures=1), own_store.ask
     assert (await asked(scorer, "joined")).events == 3
 

@@ -17,10 +17,12 @@ from service import models, scoring
 from service.core import events, features, segments
 from service.core.features import Plan
 from service.errors import InvalidRequest, ModelNotNamed, UnknownModel
+from service.history import History
 from service.models import Models
 from service.scorer import Scorer
 from service.scoring import Score, ScoreFailure, ScoreRequest
-from service.store import History, Store
+from service.store import Store
+from service.visitors import Visitors
 from tests.conftest import DAY_MS, SHOP, RedisServer, WriteBundle
 
 pytestmark = pytest.mark.anyio
@@ -77,7 +79,7 @@ async def one(scorer: Scorer, request: ScoreRequest) -> Score:
 async def test_scores_are_those_of_the_kernel_and_the_model(scorer: Scorer, store: Store, loaded: Models) -> None:
     bundle, count = loaded.bundles["shop"], 250
     kept = {f"v{seed}": history(seed, 1 + seed % 40) for seed in range(count)}
-    await store.append(kept, NOW_MS)
+    await Visitors(store).append(kept, NOW_MS)
     contexts: list[dict[str, object]] = [{"referrer": ("ads", "search", "mail", 7)[seed % 4]} for seed in range(count)]
     results = await scorer.score(
         [ScoreRequest(name, context=context) for name, context in zip(kept, contexts, strict=True)]
@@ -109,11 +111,11 @@ async def test_scores_are_those_of_the_kernel_and_the_model(scorer: Scorer, stor
 
 async def test_order_and_doubles_and_late_events_change_nothing(scorer: Scorer, store: Store) -> None:
     records = events.from_bytes(history(3).events)
-    await store.append({"a": History(records.tobytes())}, NOW_MS)
+    await Visitors(store).append({"a": History(records.tobytes())}, NOW_MS)
     for start in range(0, len(records), 7):
         part = records[::-1][start : start + 7].tobytes()
-        await store.append({"b": History(part)}, NOW_MS)
-        await store.append({"b": History(part)}, NOW_MS)
+        await Visitors(store).append({"b": History(part)}, NOW_MS)
+        await Visitors(store).append({"b": History(part)}, NOW_MS)
     first, second = await scorer.score([ScoreRequest("a"), ScoreRequest("b")])
     assert isinstance(first, Score)
     assert isinstance(second, Score)
@@ -128,7 +130,7 @@ async def test_nobody_knows_the_visitor_and_it_gets_a_score(scorer: Scorer) -> N
 
 async def test_rubbish_under_a_visitors_key_is_not_scored(scorer: Scorer, store: Store) -> None:
     empty = await one(scorer, ScoreRequest("nobody"))
-    await store.append(
+    await Visitors(store).append(
         {"a": History(np.random.default_rng(7).bytes(24 * 50 + 7), np.random.default_rng(8).bytes(55))}, NOW_MS
     )
     score = await one(scorer, ScoreRequest("a"))
@@ -164,7 +166,7 @@ async def test_answers_are_in_order_whatever_the_models(
 async def test_without_a_model_the_segment_follows_the_rules(store: Store, tmp_path: Path) -> None:
     moments = [NOW_MS - hours * 3_600_000 for hours in (0, 1, 2, 30, 100, -5)]
     blob = b"".join(events.pack(ts_ms, 1, place, 0, 1) for place, ts_ms in enumerate([*moments, moments[0] - 3]))
-    await store.append({"a": History(blob + blob)}, NOW_MS)
+    await Visitors(store).append({"a": History(blob + blob)}, NOW_MS)
     scorer = scorer_of(store, models.load(tmp_path))
     score = await one(scorer, ScoreRequest("a"))
     assert score.segment == segments.by_rule(4, 6, 0.0) == "potential_buyers"
@@ -178,7 +180,7 @@ async def test_a_feature_cache_that_is_gone_costs_the_history_and_not_the_score(
 ) -> None:
     store = Store.open(own_redis_server.url, namespace="p", retention_ms=DAY_MS)
     scorer = scorer_of(store, loaded)
-    await store.append({"a": history(1)}, NOW_MS)
+    await Visitors(store).append({"a": history(1)}, NOW_MS)
     assert (await one(scorer, ScoreRequest("a"))).degraded == []
     own_redis_server.kill()
     score = await one(scorer, ScoreRequest("a"))
@@ -195,7 +197,7 @@ async def test_a_feature_cache_that_hangs_costs_the_deadline_and_no_more(
 ) -> None:
     store = Store.open(own_redis_server.url, namespace="p", retention_ms=DAY_MS)
     scorer = scorer_of(store, loaded, deadline_ms=50)
-    await store.append({"a": history(1)}, NOW_MS)
+    await Visitors(store).append({"a": history(1)}, NOW_MS)
     assert own_redis_server.process is not None
     os.kill(own_redis_server.process.pid, signal.SIGSTOP)
     started = time.monotonic()

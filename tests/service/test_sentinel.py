@@ -12,8 +12,10 @@ import pytest
 
 from service.core import events
 from service.errors import StoreError
-from service.history import unfold
-from service.store import History, Store
+from service.history import History, unfold
+from service.persons import Persons
+from service.store import Store
+from service.visitors import Visitors
 from tests.conftest import StartService, free_port, wait_until
 from tests.service.conftest import RedisProcess, Watched
 
@@ -55,7 +57,7 @@ async def until_it_works(doing: Callable[[], object], timeout_s: float = 15) -> 
 
 
 async def test_the_master_is_written_and_read(store: Store, watched: Watched) -> None:
-    await store.append({"a": KNOWN}, NOW_MS)
+    await Visitors(store).append({"a": KNOWN}, NOW_MS)
     assert await store.read(["a"]) == [KNOWN]
     assert await asked(store, "a") == KNOWN
     assert watched.master.run("EXISTS", *store.keys("a")) == 2
@@ -64,13 +66,13 @@ async def test_the_master_is_written_and_read(store: Store, watched: Watched) ->
 
 
 async def test_a_master_that_dies_is_followed_to_its_replica(store: Store, watched: Watched) -> None:
-    await store.append({"a": KNOWN}, NOW_MS)
+    await Visitors(store).append({"a": KNOWN}, NOW_MS)
     assert await asked(store, "a") == KNOWN
     wait_until(lambda: watched.replica.run("EXISTS", *store.keys("a")) == 2)
     watched.master.kill()
     with pytest.raises(StoreError):
-        await store.append({"a": KNOWN}, NOW_MS)
-    await until_it_works(lambda: store.append({"b": KNOWN}, NOW_MS))
+        await Visitors(store).append({"a": KNOWN}, NOW_MS)
+    await until_it_works(lambda: Visitors(store).append({"b": KNOWN}, NOW_MS))
     await until_it_works(lambda: asked(store, "b"))
     assert await store.read(["a", "b"]) == [KNOWN, KNOWN]
     assert await asked(store, "a") == KNOWN
@@ -78,12 +80,12 @@ async def test_a_master_that_dies_is_followed_to_its_replica(store: Store, watch
 
 
 async def test_a_master_that_is_relieved_is_not_written_any_more(store: Store, watched: Watched) -> None:
-    await store.append({"a": KNOWN}, NOW_MS)
+    await Visitors(store).append({"a": KNOWN}, NOW_MS)
     assert await asked(store, "a") == KNOWN
     wait_until(lambda: watched.replica.run("EXISTS", *store.keys("a")) == 2)
     watched.fail_over()
     wait_until(lambda: watched.master.run("ROLE")[0] == b"slave")
-    await until_it_works(lambda: store.append({"b": KNOWN}, NOW_MS))
+    await until_it_works(lambda: Visitors(store).append({"b": KNOWN}, NOW_MS))
     await until_it_works(lambda: asked(store, "b"))
     assert await store.read(["a", "b"]) == [KNOWN, KNOWN]
     assert watched.replica.run("ROLE")[0] == b"master"
@@ -91,7 +93,7 @@ async def test_a_master_that_is_relieved_is_not_written_any_more(store: Store, w
 
 async def test_a_sentinel_that_is_gone_is_passed_over(watched: Watched) -> None:
     store = opened(watched.url.replace("127.0.0.1", f"127.0.0.1:{free_port()},127.0.0.1", 1))
-    await store.append({"a": KNOWN}, NOW_MS)
+    await Visitors(store).append({"a": KNOWN}, NOW_MS)
     assert await asked(store, "a") == KNOWN
     await store.close()
 
@@ -109,7 +111,12 @@ async def test_a_master_that_no_sentinel_knows_is_named(watched: Watched) -> Non
 async def test_without_any_sentinel_it_is_a_store_error_in_time() -> None:
     store = opened(f"redis+sentinel://127.0.0.1:{free_port()},127.0.0.1:{free_port()}/shop")
     started = time.monotonic()
-    for asking in (store.read(["a"]), store.append({"a": KNOWN}, NOW_MS), store.ask(["a"]), store.erase("a")):
+    for asking in (
+        store.read(["a"]),
+        Visitors(store).append({"a": KNOWN}, NOW_MS),
+        store.ask(["a"]),
+        Persons(store).erase("a"),
+    ):
         with pytest.raises(StoreError):
             await asking
     assert time.monotonic() - started < 1
@@ -120,7 +127,7 @@ async def test_the_password_is_for_the_servers_and_for_sentinels_that_want_one(t
     watched = Watched(tmp_path, password="secret")
     try:
         store = opened(watched.url)
-        await store.append({"a": KNOWN}, NOW_MS)
+        await Visitors(store).append({"a": KNOWN}, NOW_MS)
         assert await asked(store, "a") == KNOWN
         await store.close()
         stranger = opened(watched.url.replace("secret", "wrong"))
@@ -138,7 +145,7 @@ async def test_a_sentinel_without_a_password_takes_one_url_with_servers_that_hav
     sentinel = RedisProcess(tmp_path, str(config), "--sentinel")
     try:
         store = opened(f"redis+sentinel://:secret@127.0.0.1:{sentinel.port}/shop")
-        await store.append({"a": KNOWN}, NOW_MS)
+        await Visitors(store).append({"a": KNOWN}, NOW_MS)
         assert await store.read(["a"]) == [KNOWN]
         await store.close()
     finally:

@@ -12,8 +12,9 @@ import pytest
 
 from service.core import events
 from service.errors import StoreError
-from service.history import unfold
-from service.store import History, Store
+from service.history import History, unfold
+from service.store import Store
+from service.visitors import Visitors
 from tests.conftest import StartService, free_port
 from tests.service.conftest import RedisProcess
 
@@ -51,7 +52,7 @@ async def test_a_certificate_that_is_trusted_is_taken(
 ) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     store = Store.open(url, namespace="p", retention_ms=DAY_MS)
-    assert await store.append({"a": KNOWN}, NOW_MS) == {}
+    assert await Visitors(store).append({"a": KNOWN}, NOW_MS) == {}
     assert await store.read(["a"]) == [KNOWN]
     assert unfold(*await store.ask(["a"])) == KNOWN
     await store.close()

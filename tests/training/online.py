@@ -1,7 +1,7 @@
 """What the service holds of events that it receives in the order of time: a slow and obvious oracle of joins.
 
 Events are read by `service.ingest` and `service.door`; whose they are is told by the pure parts of `service.joining`,
-called as `Store.join` and `Store.settle` call them.
+called as `Persons.join` and `Visitors.settle` call them.
 """
 
 from __future__ import annotations

@@ -9,7 +9,9 @@ from collections.abc import AsyncIterator
 import pytest
 
 from service import metrics
+from service.leases import lease
 from service.members import Members
+from service.persons import Persons
 from service.propensities import Propensities
 from service.store import Store
 from service.workers import keeping
@@ -54,7 +56,7 @@ async def test_changes_of_one_who_was_killed_get_into_the_journal(store: Store) 
 async def test_only_who_has_the_lease_prunes(store: Store) -> None:
     propensities = Propensities(store)
     await propensities.put("shop", "1", ["old", "new"], [0.5, 0.5], [NOW_MS - 31 * DAY_MS, NOW_MS])
-    assert await store.lease("keeping", "another", 60_000)
+    assert await lease(store, "keeping", "another", 60_000)
     task = asyncio.create_task(keeping.run(store, propensities, Members(store), lambda: NOW_MS))
     await asyncio.sleep(0.3)
     assert await propensities.count("shop") == 2
@@ -70,7 +72,7 @@ async def test_every_key_lives_no_longer_than_the_retention(store: Store) -> Non
     await propensities.move("shop", {"a": "champions"}, NOW_MS)
     await members.describe("best", "{}", NOW_MS)
     await members.change("best", {"a": 1, "b": 1}, [], NOW_MS, "score")
-    await store.erase("b")
+    await Persons(store).erase("b")
     (keys,) = await store.run(("KEYS", f"{store.namespace}:*"))
     lives = await store.run(*(("PTTL", key) for key in keys))
     assert len(keys) >= 12
