@@ -245,7 +245,7 @@ def _tables(connection: DuckDBPyConnection, files: Sequence[str]) -> Iterator[tu
     from pyarrow import dataset
 
     from files import snapshots
-    from training.source import find_files, reader_of
+    from training.eventfiles import find_files, reader_of
 
     paths = [file for file in files if "://" not in file]
     for path in find_files(paths) if paths else ():

@@ -30,7 +30,8 @@ from service.store import Store
 from service.visitors import Visitors
 
 if TYPE_CHECKING:  # the serving image has no training side, and asks `some_visitor` all the same
-    from training.source import EventLog, Partition
+    from training.partition import Partition
+    from training.source import EventLog
 
 VISITORS_AT_ONCE: Final = 500
 EVENTS_AT_ONCE: Final = 1000
@@ -65,6 +66,7 @@ async def replay_events(
 ) -> Loaded:
     """Load event files. What an interrupted replay of the same files had finished is skipped."""
     from training import source, specfile, statements
+    from training.partition import NEVER
 
     spec = specfile.load(spec_path)
     loaded = Loaded()
@@ -83,7 +85,7 @@ async def replay_events(
             for index in range(log.partitions):
                 if index not in done:
                     partition = log.partition(index, with_ids=True)
-                    await _load(partition.at(source.NEVER - 1), store, loaded)
+                    await _load(partition.at(NEVER - 1), store, loaded)
                     await mark_replayed(store, mark, index)
                 report("Loading visitors", (index + 1) / log.partitions)
             persons = _mark(log, repr((settings.phone_region, settings.consent_categories, spec.source)))

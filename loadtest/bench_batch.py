@@ -31,7 +31,7 @@ from service.core import bundle
 from service.core.bundle import Bundle
 from service.models import served_version
 from training import batch, source
-from training.source import Partition
+from training.partition import Partition
 
 ROOT: Final = Path(__file__).parents[1]
 EVENTS: Final = 21_900_000  # of which 1.0 million visitors come

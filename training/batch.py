@@ -26,7 +26,8 @@ from service.core.features import Evaluated
 from service.core.segments import SEGMENTS
 from training import source
 from training.engine import Engine
-from training.source import Partition, Summary
+from training.partition import Partition
+from training.summary import Summary
 
 # Own columns of a snapshot; those of features follow.
 COLUMNS: Final = {

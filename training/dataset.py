@@ -16,7 +16,8 @@ from service.core.events import Records
 from service.core.features import Plan
 from service.core.spec import FeatureSpec, Label
 from training import source
-from training.source import EventLog, Partition
+from training.partition import NEVER, Partition
+from training.source import EventLog
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -463,7 +464,7 @@ def _newcomers(view: View) -> tuple[Ints, Ints]:
         return newcomers, starts[newcomers]
     own, given = np.flatnonzero(joins.since_ms == 0), joins.since_ms > 0
     newcomers, place = np.unique(view.owner[own], return_index=True)
-    known_ms = np.full(len(view.partition.visitor_hash), source.NEVER)
+    known_ms = np.full(len(view.partition.visitor_hash), NEVER)
     np.minimum.at(known_ms, view.owner[given], joins.since_ms[given])
     is_new = view.partition.records["ts_ms"][own[place]] < known_ms[newcomers]
     return newcomers[is_new], own[place][is_new]

@@ -21,9 +21,10 @@ import numpy as np
 
 from service.core.errors import PropensityError
 from service.core.spec import FeatureSpec
-from training import source
+from training import slices
+from training.connection import Progress, connect
 from training.engine import cores, keep_memory
-from training.source import EventLog, Progress
+from training.source import EventLog
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -156,21 +157,21 @@ class Dask:
         """Each worker reads slices of the files."""
         workdir.mkdir(exist_ok=True)
         workers = sum(self.client.ncores().values())
-        connection = source.connect(workdir, memory_limit)
-        job = source.sliced(connection, paths, spec, workdir, SLICES * workers, memory_limit)
+        connection = connect(workdir, memory_limit)
+        job = slices.sliced(connection, paths, spec, workdir, SLICES * workers, memory_limit)
         steps = len(job.slices) + job.partitions
         found, counts = [], []
-        for _, one in self.run(source.read_slice, job, len(job.slices)):
+        for _, one in self.run(slices.read_slice, job, len(job.slices)):
             found.append(one)
             if on_progress is not None:
                 on_progress(len(found) / steps)
-        for _, counted in self.run(source.count_partition, job, job.partitions):
+        for _, counted in self.run(slices.count_partition, job, job.partitions):
             counts.append(counted)
             if on_progress is not None:
                 on_progress((len(found) + len(counts)) / steps)
         summary = job.joined(connection, job.summarise(found, counts, max_bad_rows))
         if summary.joined:
-            for _ in self.run(source.move_slice, job, len(job.slices)):
+            for _ in self.run(slices.move_slice, job, len(job.slices)):
                 pass
         return EventLog(spec, workdir.absolute(), job.partitions, summary, connection)
 

@@ -20,7 +20,8 @@ from typing import Final, Protocol, TypeVar
 from service.core.errors import PropensityError
 from service.core.spec import FeatureSpec
 from training import source
-from training.source import EventLog, Progress
+from training.connection import Progress
+from training.source import EventLog
 
 Job = TypeVar("Job")
 Done = TypeVar("Done")

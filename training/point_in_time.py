@@ -19,10 +19,12 @@ from service.core import events, features
 from service.core.errors import PropensityError
 from service.core.features import Plan
 from service.core.spec import FeatureSpec, Source
-from training import joins, source, specfile, sql
+from training import eventfiles, joins, source, specfile, sql
 from training.dataset import View
 from training.engine import Engine, Here
-from training.source import EventLog, Partition
+from training.partition import Partition
+from training.relation import Relation, rejects
+from training.source import EventLog
 
 _OWN_COLUMNS: Final = {"visitor_id": pyarrow.string(), "at": pyarrow.int64()}
 _OUTPUTS: Final = {".parquet": pyarrow.parquet.ParquetWriter, ".csv": pyarrow.csv.CSVWriter}
@@ -104,18 +106,18 @@ def write_partition(job: Job, index: int) -> int:
 
 def _load_moments(log: EventLog, at: Path) -> None:
     """Table `asked`: number, visitor_hash, visitor_id, at_ms and request codes of each row, with its partition."""
-    files = source.find_files([str(at)])
+    files = eventfiles.find_files([str(at)])
     if len(files) > 1:
         raise PropensityError(f"{at}: holds {len(files)} files; give one with the columns visitor_id and at")
     mapping = Source(visitor_id="visitor_id", timestamp="at")
-    relation = source.Relation(log.connection, log.spec, mapping, source.reader_of(files[0]) or "csv", files)
+    relation = Relation(log.connection, log.spec, mapping, eventfiles.reader_of(files[0]) or "csv", files)
     for name in ("visitor_id", "at"):
         if name not in relation.types:
             raise PropensityError(f"{at}: has no column {name}; it has {', '.join(relation.types)}")
     visitor = sql.name_of(relation.expression("visitor_id", "visitor_id"))
     moment = sql.milliseconds(relation.expression("at", "at"))
     columns = [f"{relation.request(kind)} AS request{place}" for place, kind in enumerate(log.spec.requests.values())]
-    bad_before, _ = source.rejects(log.connection)
+    bad_before, _ = rejects(log.connection)
     log.connection.execute("SET preserve_insertion_order = true")
     log.connection.execute(
         f"CREATE TEMP TABLE asked AS SELECT row_number() OVER () AS number, {visitor} AS visitor_id, "
@@ -123,7 +125,7 @@ def _load_moments(log: EventLog, at: Path) -> None:
         f"(hash(coalesce({visitor}, '')) % {log.partitions})::INTEGER AS part "
         f"{''.join(', ' + column for column in columns)} FROM {relation.scan}"
     )
-    bad, lines = source.rejects(log.connection)
+    bad, lines = rejects(log.connection)
     if bad > bad_before:
         raise PropensityError(f"{at}: {bad - bad_before} lines do not fit the others: {'; '.join(lines)}; correct them")
     unreadable = log.connection.execute(

@@ -10,8 +10,8 @@ from typing import Any, Final
 import duckdb
 
 from service.core.spec import FeatureSpec, Source
-from training import source, sql
-from training.source import Relation
+from training import eventfiles, sql
+from training.relation import PERSONAL, Relation
 from training.sql import Field
 
 _SPEAKING: Final = "('identify', 'alias')"
@@ -24,7 +24,7 @@ def read(connection: duckdb.DuckDBPyConnection, paths: Sequence[str], spec: Feat
     Those are `identify` and `alias` events and any with `context.consent`. Of rows that do not say which type they are,
     those are taken for `identify` events that have an address or a number where the spec says that these are.
     """
-    for mapping, reader, files in source.groups(source.find_files(paths), spec):
+    for mapping, reader, files in eventfiles.groups(eventfiles.find_files(paths), spec):
         if reader == "json" and mapping == Source(files=mapping.files):
             yield from _objects(connection, _lines(files))
         else:
@@ -38,7 +38,7 @@ def _objects(connection: duckdb.DuckDBPyConnection, query: str) -> Iterator[dict
 
 
 def _lines(files: Sequence[Path]) -> str:
-    objects = f"read_json_objects({source.as_list(files)}, format = 'newline_delimited', ignore_errors = true)"
+    objects = f"read_json_objects({eventfiles.as_list(files)}, format = 'newline_delimited', ignore_errors = true)"
     return (
         f"SELECT json FROM {objects} WHERE json ->> '$.type' IN {_SPEAKING} OR json_exists(json, '$.context.consent')"
     )
@@ -46,7 +46,7 @@ def _lines(files: Sequence[Path]) -> str:
 
 def _rows(relation: Relation) -> str:
     """Rows of columns, as the events that they would be live."""
-    fields = {name: relation.field("traits", name) for name in source.PERSONAL}
+    fields = {name: relation.field("traits", name) for name in PERSONAL}
     traits = {name: sql.text(field) for name, field in fields.items() if field is not None}
     traits["address"] = _object(relation.field("traits", "address"))
     context = {name: _object(relation.field("context", name)) for name in ("consent", "traits")}

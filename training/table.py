@@ -16,9 +16,12 @@ from service.core import events, features
 from service.core.events import Records
 from service.core.features import Plan
 from service.core.spec import Aggregate, FeatureSpec, Session
-from training import source, sql
+from training import eventfiles, sql
+from training.columns import trait_keys
+from training.connection import connect, first_line
 from training.dataset import GOLDEN_CASES, Dataset, GoldenRow, Split, TooLittleData
-from training.source import UnreadableEvents
+from training.eventfiles import UnreadableEvents
+from training.relation import Relation, rejects
 
 CHUNK_ROWS: Final = 20_000
 STRANGERS: Final = 20
@@ -44,20 +47,20 @@ class Table:
         if windowed:
             raise UnreadableEvents(f"--table has no events for the feature {windowed[0]!r}; train it with --events")
         self.path, self.spec = path, spec
-        self.files = source.find_files([path])
-        self.connection = source.connect(Path(tempfile.gettempdir()))
-        groups = list(source.groups(self.files, spec))
+        self.files = eventfiles.find_files([path])
+        self.connection = connect(Path(tempfile.gettempdir()))
+        groups = list(eventfiles.groups(self.files, spec))
         if len(groups) > 1:
             raise UnreadableEvents(
                 f"{path}: holds files of {len(groups)} layouts; a table has one, give its files alone"
             )
         ((self.mapping, reader, group),) = groups
-        self.relation = source.Relation(self.connection, spec, self.mapping, reader, group)
+        self.relation = Relation(self.connection, spec, self.mapping, reader, group)
         self.rejected: tuple[int, list[str]] = (0, [])
 
     def chunks(self, *, labelled: bool) -> Iterator[Chunk]:
         """The sound rows in order, CHUNK_ROWS at a time; without `labelled` the label column need not exist."""
-        keys = source.trait_keys(self.spec)
+        keys = trait_keys(self.spec)
         columns = [f"{self._visitor()} AS visitor", f"{self._timestamp(labelled)} AS now_ms"]
         for place, key in enumerate(keys):
             text, number = self.relation.trait(key)
@@ -75,9 +78,9 @@ class Table:
             for batch in query.to_arrow_reader(CHUNK_ROWS):
                 loaded = {name: batch.column(name).to_numpy(zero_copy_only=False) for name in batch.schema.names}
                 yield self._chunk(loaded, keys)
-            self.rejected = source.rejects(self.connection)
+            self.rejected = rejects(self.connection)
         except duckdb.Error as error:
-            raise UnreadableEvents(f"{self.path}: {source.first_line(error)}") from None
+            raise UnreadableEvents(f"{self.path}: {first_line(error)}") from None
 
     def bad(self, most: int, *, labelled: bool) -> tuple[int, list[str]]:
         """How many rows `chunks`, which has to be read to its end before, left out, and some of them.

@@ -26,7 +26,7 @@ from training.engine import Engine
 from training.evaluate import Leak
 from training.fit import Fitted
 from training.packing import Judgement
-from training.source import Summary
+from training.summary import Summary
 
 ALIASES: Final = "aliases.json"
 PRODUCTION: Final = "production"
@@ -305,7 +305,7 @@ def _write_predictions(path: Path, rows: Dataset, split: Split, fitted: Fitted) 
     pyarrow.parquet.write_table(pyarrow.table(columns), path)
 
 
-def _event_data(summary: source.Summary) -> dict[str, Any]:
+def _event_data(summary: Summary) -> dict[str, Any]:
     return {
         "files": list(summary.files),
         "fingerprint": summary.fingerprint,

@@ -36,7 +36,7 @@ from service.settings import Settings
 from service.visitors import Visitors
 from tests.conftest import MakeSettings, wait_until
 from training import source, specfile
-from training.source import UnreadableEvents
+from training.eventfiles import UnreadableEvents
 
 ROOT = Path(__file__).parents[2]
 DAY_MS = 86_400_000

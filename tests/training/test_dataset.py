@@ -21,7 +21,8 @@ from service.core.errors import PropensityError
 from service.core.spec import FeatureSpec
 from training import dataset, source
 from training.dataset import Dataset, Split, TooLittleData, View
-from training.source import EventLog, Partition
+from training.partition import Partition
+from training.source import EventLog
 
 NOW_MS = 1_767_225_600_000  # 2026-01-01T00:00:00Z
 HOUR_MS = 3_600_000

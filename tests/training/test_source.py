@@ -30,7 +30,9 @@ from service.core.spec import FeatureSpec
 from service.ingest import Accepted, Refused
 from tests.training import online
 from training import simulate, source, specfile, sql
-from training.source import EventLog, UnreadableEvents
+from training.eventfiles import UnreadableEvents
+from training.partition import NEVER
+from training.source import EventLog
 
 NOW_MS = 1_767_225_600_000  # 2026-01-01T00:00:00Z
 DAY_MS = 86_400_000
@@ -85,7 +87,7 @@ def read(files: Path | Sequence[Path], spec: FeatureSpec, **given: Any) -> Event
 def kept(log: EventLog) -> dict[str, Kept]:
     found = {}
     for index in range(log.partitions):
-        part = log.partition(index, with_ids=True).at(source.NEVER - 1)
+        part = log.partition(index, with_ids=True).at(NEVER - 1)
         assert part.visitor_ids is not None
         assert np.all(np.diff(part.visitor_hash.astype(object)) > 0)
         for place, visitor in enumerate(part.visitor_ids):

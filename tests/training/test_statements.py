@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from training import source, specfile, statements
+from training import relation, specfile, statements
+from training.connection import connect
 
 SPEC = "model: m\nevents: {v: {code: 1, event: V}}\nfeatures: {n: {count: any}}\n"
 MAPPED = "source: {visitor_id: who, timestamp: at, event: {constant: V}, traits: {email: mail, phone: tel}}\n"
@@ -16,13 +17,13 @@ MAPPED = "source: {visitor_id: who, timestamp: at, event: {constant: V}, traits:
 def read(path: Path, spec: str) -> list[dict[str, Any]]:
     workdir = path.parent / "work"
     workdir.mkdir(exist_ok=True)
-    return list(statements.read(source.connect(workdir), [str(path)], specfile.read(spec, "spec.yaml")))
+    return list(statements.read(connect(workdir), [str(path)], specfile.read(spec, "spec.yaml")))
 
 
 def test_numbers_and_countries_of_a_csv_stay_as_they_were_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(source, "_SNIFFED_ROWS", 2048)
+    monkeypatch.setattr(relation, "_SNIFFED_ROWS", 2048)
     numbers = [str(22_000_000 + place) for place in range(3000)] + ["0047221234", "+4722123459"]
     lines = [f"v{place},2026-03-01T00:00:00Z,{number},NO" for place, number in enumerate(numbers)]
     file = tmp_path / "a.csv"

@@ -18,7 +18,7 @@ from service.core import events, features, spec
 from service.core.spec import FeatureSpec
 from training import dataset, table
 from training.dataset import TooLittleData
-from training.source import UnreadableEvents
+from training.eventfiles import UnreadableEvents
 from training.table import Table
 
 DOCUMENT: dict[str, Any] = {

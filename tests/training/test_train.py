@@ -20,6 +20,7 @@ from service.core.errors import PropensityError
 from service.core.spec import InvalidSpec
 from training import dataset, simulate, source, train
 from training.dataset import TooLittleData
+from training.eventfiles import UnreadableEvents
 from training.train import Options, Trained
 
 END = datetime(2026, 7, 1, tzinfo=UTC)
@@ -286,9 +287,9 @@ def test_wrong_input_is_refused_before_any_work(shop: Path, tmp_path: Path) -> N
     events, options = [str(shop / "events.parquet")], Options(artifacts=tmp_path / "artifacts")
     with pytest.raises(InvalidSpec, match="no such file"):
         train.from_events(events, tmp_path / "none.yaml", options)
-    with pytest.raises(source.UnreadableEvents, match="no such file"):
+    with pytest.raises(UnreadableEvents, match="no such file"):
         train.from_events([str(tmp_path / "none.csv")], shop / "spec.yaml", options)
-    with pytest.raises(source.UnreadableEvents, match="has no events for the feature 'views_1d'"):
+    with pytest.raises(UnreadableEvents, match="has no events for the feature 'views_1d'"):
         train.from_table(events[0], shop / "spec.yaml", options)
     (tmp_path / "file").write_text("in the way")
     for blocked in (
