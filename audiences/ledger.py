@@ -2,30 +2,39 @@
 
 It is written ahead: the intent is there before the request and the outcome after it. So a batch that was intended and
 has no outcome may have been taken or not, and its members are `open` until somebody asks the platform again.
-`docs/sync.md` describes the tables.
+`audiences.tables` has the tables.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import socket
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.schema import CreateColumn
 
 from audiences.destinations.protocol import Outcome
-from service.core.errors import PropensityError
+from audiences.identifiers import Identifiers, joined, packed, unpacked
+from audiences.leases import Lease, Leases
+from audiences.tables import (
+    batches,
+    connected,
+    deliveries,
+    entries,
+    file_of,
+    history,
+    is_prepared,
+    lists,
+    members,
+    prepare,
+    reader,
+    runs,
+    upsert,
+)
 
-VERSION: Final = 2
 DAY_MS: Final = 86_400_000
 LONGEST_ANSWER: Final = 200
 # After how long somebody is sent again of whom nothing changed. The last one of refusals is repeated.
@@ -42,120 +51,6 @@ REJECTED: Final = "rejected"
 REPLACED: Final = "replaced"
 
 ERASED: Final = "erased"  # why a member left, of whom nothing is kept once the removal is confirmed
-
-Identifiers = Mapping[str, tuple[str, ...]]
-
-_Id = sa.BigInteger().with_variant(sa.Integer, "sqlite")
-_tables = sa.MetaData()
-
-_schema = sa.Table("propensity_schema", _tables, sa.Column("version", sa.Integer, primary_key=True))
-leases = sa.Table(
-    "leases",
-    _tables,
-    sa.Column("name", sa.String(200), primary_key=True),
-    sa.Column("holder", sa.String(200), nullable=False),
-    sa.Column("until_ms", sa.BigInteger, nullable=False),
-)
-lists = sa.Table(
-    "lists",
-    _tables,
-    sa.Column("id", _Id, primary_key=True, autoincrement=True),
-    sa.Column("destination", sa.String(200), nullable=False),
-    sa.Column("audience", sa.String(200), nullable=False),
-    sa.Column("list_id", sa.Text),  # the platform's; none until it was opened
-    sa.Column("stale", sa.Boolean, nullable=False),  # a snapshot of it has yet to be written
-    sa.Column("synced_ms", sa.BigInteger),  # when it was last in step
-    sa.UniqueConstraint("destination", "audience"),
-)
-members = sa.Table(
-    "members",
-    _tables,
-    sa.Column("list", _Id, primary_key=True),
-    sa.Column("key", sa.LargeBinary(32), primary_key=True),
-    sa.Column("has", sa.LargeBinary(24)),  # the mark of what the platform took last
-    sa.Column("refused", sa.LargeBinary(24)),  # the mark of what it refused last
-    sa.Column("open", _Id),  # the batch whose outcome is not known
-    sa.Column("identifiers", sa.Text),  # all that the platform may have
-    sa.Column("answer", sa.Text),  # why it refused
-    sa.Column("changed_ms", sa.BigInteger, nullable=False),
-    sa.Column("tries", sa.Integer, nullable=False, server_default="0"),  # refused or failed in a row, but not for good
-    sa.Column("due_ms", sa.BigInteger),  # when what was refused is sent again as it is; none: it is not
-    sqlite_with_rowid=False,
-)
-runs = sa.Table(
-    "runs",
-    _tables,
-    sa.Column("id", _Id, primary_key=True, autoincrement=True),
-    sa.Column("destination", sa.String(200), nullable=False),
-    sa.Column("audience", sa.String(200)),  # none: all of them
-    sa.Column("holder", sa.String(200), nullable=False),
-    sa.Column("started_ms", sa.BigInteger, nullable=False),
-    sa.Column("ended_ms", sa.BigInteger),  # none: it is under way, or was killed
-    sa.Column("result", sa.Text),  # counts as JSON, or what went wrong
-)
-batches = sa.Table(
-    "batches",
-    _tables,
-    sa.Column("id", _Id, primary_key=True, autoincrement=True),
-    sa.Column("name", sa.String(64), nullable=False, unique=True),
-    sa.Column("list", _Id, nullable=False),
-    sa.Column("run", _Id, nullable=False),
-    sa.Column("operation", sa.String(16), nullable=False),
-    sa.Column("state", sa.String(16), nullable=False),
-    sa.Column("members", sa.Integer, nullable=False),
-    sa.Column("accepted", sa.Integer),
-    sa.Column("attempts", sa.Integer, nullable=False),
-    sa.Column("intended_ms", sa.BigInteger, nullable=False),
-    sa.Column("attempted_ms", sa.BigInteger),  # the last attempt
-    sa.Column("settled_ms", sa.BigInteger),
-    sa.Column("answer", sa.Text),
-    sa.Index("batches_of_list", "list", "state"),
-    sa.Index("batches_by_time", "intended_ms"),
-)
-entries = sa.Table(
-    "entries",
-    _tables,
-    sa.Column("batch", _Id, primary_key=True),
-    sa.Column("key", sa.LargeBinary(32), primary_key=True),
-    sa.Column("why", sa.String(16), nullable=False),
-    sa.Column("accepted", sa.Boolean),  # none: not known
-    sa.Column("answer", sa.Text),  # none: the batch's
-    sa.Column("identifiers", sa.Text),  # that were to be removed, until the platform has worked that off
-    sqlite_with_rowid=False,
-)
-history = sa.Table(
-    "history",
-    _tables,
-    sa.Column("list", _Id, primary_key=True),
-    sa.Column("day_ms", sa.BigInteger, primary_key=True),
-    sa.Column("operation", sa.String(16), primary_key=True),
-    sa.Column("why", sa.String(16), primary_key=True),
-    sa.Column("sent", sa.BigInteger, nullable=False),
-    sa.Column("accepted", sa.BigInteger, nullable=False),
-)
-cursors = sa.Table(
-    "cursors",
-    _tables,
-    sa.Column("name", sa.String(400), primary_key=True),
-    sa.Column("cursor", sa.Text),
-)
-deliveries = sa.Table(
-    "deliveries",
-    _tables,
-    sa.Column("id", _Id, primary_key=True, autoincrement=True),  # the order within a visitor
-    sa.Column("trigger", sa.String(200), nullable=False),
-    sa.Column("event", sa.String(64), nullable=False),  # the id that the receiver gets
-    sa.Column("visitor", sa.LargeBinary(32), nullable=False),
-    sa.Column("body", sa.Text, nullable=False),
-    sa.Column("attempts", sa.Integer, nullable=False),
-    sa.Column("first_ms", sa.BigInteger, nullable=False),
-    sa.Column("due_ms", sa.BigInteger, nullable=False),
-    sa.Column("dead", sa.Boolean, nullable=False),
-    sa.Column("answer", sa.Text),
-    sa.UniqueConstraint("trigger", "event"),
-    sa.Index("deliveries_of_visitor", "trigger", "dead", "visitor", "id"),
-)
-_SINCE_VERSION_1: Final = (members.c.tries, members.c.due_ms, entries.c.identifiers)
 
 
 class Known(NamedTuple):
@@ -177,14 +72,6 @@ class Copy(NamedTuple):
     destination: str
     synced_ms: int | None
     size: int
-
-
-class Lease(NamedTuple):
-    """The right to write to a destination, which ends unless it is held for longer in time."""
-
-    name: str
-    holder: str
-    lease_ms: int
 
 
 class List(NamedTuple):
@@ -236,151 +123,14 @@ class Undone(NamedTuple):
     given_up: int = 0  # who failed too often, and are not among them
 
 
-class LeaseLost(PropensityError):
-    """Somebody else took the destination over, since this run was silent for longer than its lease."""
-
-
-class Held(PropensityError):
-    """Another run is at it."""
-
-
-def holder() -> str:
-    """Who this process is: host, namespace of processes, process, and when it started; told apart from all others."""
-    return "/".join((*_place(), str(os.getpid()), _started(os.getpid()) or uuid.uuid4().hex))
-
-
-def _place() -> tuple[str, str]:
-    try:
-        namespace = str(Path("/proc/self/ns/pid").stat().st_ino)
-    except OSError:
-        namespace = "-"
-    return socket.gethostname().replace("/", "_"), namespace
-
-
-def _started(process: int) -> str | None:
-    """The moment a process started, by the kernel's count; None where it is gone or there is no such count."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text("ascii", "replace").rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return None
-
-
-def is_gone(text: str) -> bool:
-    """Whether the holder was a process of this machine that is no more. False where that cannot be known."""
-    host, namespace, process, started = ([*text.split("/"), "", "", "", ""])[:4]
-    if (host, namespace) != _place() or namespace == "-" or not process.isdigit():
-        return False
-    return _started(int(process)) != started
-
-
-def described(holder: str) -> str:
-    """A holder in words."""
-    host, _, process = ([*holder.split("/"), "", ""])[:3]
-    return f"process {process} of {host}"
-
-
-def packed(identifiers: Identifiers) -> str:
-    """Identifiers as text."""
-    return json.dumps({form: list(values) for form, values in sorted(identifiers.items())}, separators=(",", ":"))
-
-
-def _unpacked(text: str | None) -> Identifiers:
-    return {form: tuple(values) for form, values in json.loads(text).items()} if text else {}
-
-
-def _engine(url: str) -> sa.Engine:
-    try:
-        parsed = sa.make_url(url)
-        if parsed.get_backend_name() == "sqlite":
-            return _with_immediate_transactions(sa.create_engine(parsed, connect_args={"timeout": 30}))
-        if parsed.get_backend_name() == "postgresql":
-            return sa.create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True)
-    except ModuleNotFoundError as error:
-        raise PropensityError(
-            f"a ledger in PostgreSQL needs {error.name}; install it with pip install 'propensity[postgres]'"
-        ) from None
-    except (sa.exc.ArgumentError, ValueError):  # a port that is no number is a ValueError
-        pass
-    raise PropensityError(
-        "the ledger's address is neither SQLite nor PostgreSQL; write sqlite:///ledger.db or "
-        "postgresql://user:password@host/database"
-    )
-
-
-def _with_immediate_transactions(engine: sa.Engine) -> sa.Engine:
-    """SQLite's driver begins transactions late, and a reader that becomes a writer fails; ours begin as writers."""
-
-    @sa.event.listens_for(engine, "connect")
-    def prepare(connection: Any, _: object) -> None:
-        connection.isolation_level = None
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=FULL")  # an intent must outlive the power, or it is none
-        connection.execute("PRAGMA cache_size=-65536")
-
-    @sa.event.listens_for(engine, "begin")
-    def begin(connection: sa.Connection) -> None:
-        reads = connection.get_execution_options().get("reads", False)
-        connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
-
-    return engine
-
-
 class Ledger:
-    """The tables above, and each change of them that must happen at once or not at all. Not for several threads."""
+    """The tables, and each change of them that must happen at once or not at all. Not for several threads."""
 
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
-        # Connections of it wait for no writer, and are none.
-        self.reading = engine.execution_options(reads=True)
-        # INSERT with ON CONFLICT, which each of the two databases has words of its own for.
-        self.insert: Any = (postgresql if engine.dialect.name == "postgresql" else sqlite).insert
-
-    # --- who may write ---
-
-    def _clock(self, connection: sa.Connection, now_ms: int) -> int:
-        """The time that leases are judged by: the server's, since hosts may disagree; a file has one host."""
-        if self._engine.dialect.name != "postgresql":
-            return now_ms
-        moment = sa.func.extract("epoch", sa.func.clock_timestamp())
-        return int(float(connection.execute(sa.select(moment)).scalar_one()) * 1000)
-
-    def take(self, name: str, holder: str, now_ms: int, lease_ms: int) -> str | None:
-        """Take the lease of this name. Who holds it instead, or None; a holder that is dead holds nothing."""
-        with self._engine.begin() as connection:
-            now_ms = self._clock(connection, now_ms)
-            free = {"name": name, "holder": "", "until_ms": 0}
-            connection.execute(self.insert(leases).values(free).on_conflict_do_nothing())
-            row = connection.execute(sa.select(leases).where(leases.c.name == name).with_for_update()).one()
-            if row.holder not in ("", holder) and row.until_ms > now_ms and not is_gone(row.holder):
-                return str(row.holder)
-            change = leases.update().where(leases.c.name == name)
-            connection.execute(change.values(holder=holder, until_ms=now_ms + lease_ms))
-            return None
-
-    def hold(self, connection: sa.Connection, lease: Lease, now_ms: int) -> None:
-        """Hold the lease for longer, in the transaction that depends on it. Raises LeaseLost where it is another's."""
-        name, holder, lease_ms = lease
-        own = (leases.c.name == name) & (leases.c.holder == holder)
-        until_ms = self._clock(connection, now_ms) + lease_ms
-        if connection.execute(leases.update().where(own).values(until_ms=until_ms)).rowcount != 1:
-            raise LeaseLost(f"another run took {name} over, since this one was silent for too long; run it again")
-
-    def keep(self, lease: Lease, now_ms: int) -> None:
-        """Hold the lease for longer. Raises LeaseLost where it is another's."""
-        with self._engine.begin() as connection:
-            self.hold(connection, lease, now_ms)
-
-    def give_back(self, name: str, holder: str) -> None:
-        """End a lease, if it is held."""
-        with self._engine.begin() as connection:
-            own = (leases.c.name == name) & (leases.c.holder == holder)
-            connection.execute(leases.update().where(own).values(holder="", until_ms=0))
-
-    def holders(self, now_ms: int) -> dict[str, str]:
-        """Who holds which lease, by its name. A process of this machine that is no more holds none."""
-        with self.reading.connect() as connection:
-            held = sa.select(leases.c.name, leases.c.holder).where(leases.c.until_ms > self._clock(connection, now_ms))
-            return {name: holder for name, holder in connection.execute(held) if not is_gone(holder)}
+        self.reading = reader(engine)
+        self.insert = upsert(engine)
+        self.leases = Leases(engine)
 
     # --- runs and lists ---
 
@@ -485,7 +235,7 @@ class Ledger:
         """Write down what is about to be sent. Raises LeaseLost."""
         name = uuid.uuid4().hex
         with self._engine.begin() as connection:
-            self.hold(connection, lease, now_ms)
+            self.leases.hold(connection, lease, now_ms)
             row = {"name": name, "list": own.id, "run": run, "operation": operation, "state": INTENDED}
             counts = {"members": len(intents), "attempts": 0, "intended_ms": now_ms}
             batch = _number(connection, batches.insert().values(row | counts))
@@ -515,7 +265,7 @@ class Ledger:
     def attempt(self, batch: Batch, lease: Lease, now_ms: int) -> None:
         """Note an attempt that is about to be made. Raises LeaseLost."""
         with self._engine.begin() as connection:
-            self.hold(connection, lease, now_ms)
+            self.leases.hold(connection, lease, now_ms)
             change = batches.update().where(batches.c.id == batch.id)
             connection.execute(change.values(attempts=batches.c.attempts + 1, attempted_ms=now_ms))
 
@@ -525,7 +275,7 @@ class Ledger:
         pairs = list(zip(batch.intents, outcomes, strict=True))
         state = WORKING if any(one.accepted and not one.final for one in outcomes) else SETTLED
         with self._engine.begin() as connection:
-            self.hold(connection, lease, now_ms)
+            self.leases.hold(connection, lease, now_ms)
             change: dict[str, Any] = {"state": state, "accepted": sum(one.accepted for one in outcomes)}
             change |= {"settled_ms": now_ms, "answer": usual}
             connection.execute(batches.update().where(batches.c.id == batch.id).values(change))
@@ -567,7 +317,7 @@ class Ledger:
     def reject(self, batch: Batch, answer: str, lease: Lease, now_ms: int) -> None:
         """Write down that a batch was refused as a whole: everybody is what they were before."""
         with self._engine.begin() as connection:
-            self.hold(connection, lease, now_ms)
+            self.leases.hold(connection, lease, now_ms)
             change = {"state": REJECTED, "accepted": 0, "settled_ms": now_ms, "answer": _short(answer)}
             connection.execute(batches.update().where(batches.c.id == batch.id).values(change))
             connection.execute(entries.update().where(entries.c.batch == batch.id).values(accepted=False))
@@ -609,7 +359,7 @@ class Ledger:
     def conclude(self, own: List, batch: Working, outcome: Outcome, lease: Lease, now_ms: int) -> Undone:
         """Write down the end of a batch. Where it failed, its members are as if they had not been sent."""
         with self._engine.begin() as connection:
-            self.hold(connection, lease, now_ms)
+            self.leases.hold(connection, lease, now_ms)
             change: dict[str, Any] = {"state": SETTLED, "settled_ms": now_ms, "answer": _short(outcome.answer)}
             undone = Undone(0)
             if outcome.accepted:
@@ -663,7 +413,7 @@ class Ledger:
         rows = []
         for key, identifiers in removed:
             before = known.get(bytes(key), Known(bytes(key), None, None, None, {}, now_ms))
-            rows.append(_row(before._replace(identifiers=joined(before.identifiers, _unpacked(identifiers)))))
+            rows.append(_row(before._replace(identifiers=joined(before.identifiers, unpacked(identifiers)))))
         self._put(connection, own.id, [row | {"answer": answer} for row in rows], now_ms)
         return Undone(len(rows))
 
@@ -722,22 +472,9 @@ def is_refused() -> sa.ColumnElement[bool]:
     return members.c.refused.is_not(None) | members.c.answer.is_not(None)
 
 
-def joined(one: Identifiers, other: Identifiers) -> Identifiers:
-    """All identifiers of both."""
-    return {
-        form: tuple(sorted({*one.get(form, ()), *other.get(form, ())})) for form in sorted({*one.keys(), *other.keys()})
-    }
-
-
-def without(one: Identifiers, other: Identifiers) -> Identifiers:
-    """The identifiers of the one that the other has not."""
-    left = {form: tuple(value for value in values if value not in other.get(form, ())) for form, values in one.items()}
-    return {form: values for form, values in left.items() if values}
-
-
 def _known(row: Sequence[Any]) -> Known:
     key, has, refused, open_, identifiers, changed_ms, tries, due_ms = row
-    return Known(bytes(key), has, refused, open_, _unpacked(identifiers), changed_ms, tries, due_ms)
+    return Known(bytes(key), has, refused, open_, unpacked(identifiers), changed_ms, tries, due_ms)
 
 
 def _row(known: Known) -> dict[str, Any]:
@@ -792,66 +529,23 @@ def _number(connection: sa.Connection, insert: sa.Insert) -> int:
 @contextmanager
 def opened(url: str) -> Iterator[Ledger]:
     """The ledger at an address, its tables made where they are missing. Raises PropensityError."""
-    with _connected(url) as engine:
-        if (file := _file(engine)) is not None:
+    with connected(url) as engine:
+        if (file := file_of(engine)) is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.touch(mode=0o600)  # it names people, although by hashes alone
-        _prepare(engine)
+        prepare(engine)
         yield Ledger(engine)
 
 
 @contextmanager
 def existing(url: str) -> Iterator[Ledger | None]:
     """The ledger at an address, to read it; None where there is none, and none is made. Raises PropensityError."""
-    with _connected(url) as engine:
-        file, ledger = _file(engine), Ledger(engine)
+    with connected(url) as engine:
+        file = file_of(engine)
         if file is not None and not file.exists():
             yield None
             return
-        with ledger.reading.connect() as connection:
-            is_there = sa.inspect(connection).has_table(_schema.name)
+        is_there = is_prepared(engine)
         if is_there:
-            _prepare(engine)
-        yield ledger if is_there else None
-
-
-@contextmanager
-def _connected(url: str) -> Iterator[sa.Engine]:
-    engine = _engine(url)
-    try:
-        yield engine
-    except sa.exc.DBAPIError as error:
-        raise PropensityError(f"the ledger {shown(url)} failed: {str(error.orig).strip().splitlines()[0]}") from error
-    finally:
-        engine.dispose()
-
-
-def shown(url: str) -> str:
-    """An address without its password."""
-    return sa.make_url(url).render_as_string(hide_password=True)
-
-
-def _file(engine: sa.Engine) -> Path | None:
-    """The file of a ledger in SQLite that is not in memory."""
-    database = engine.url.database
-    return Path(database) if engine.dialect.name == "sqlite" and database and database != ":memory:" else None
-
-
-def _prepare(engine: sa.Engine) -> None:
-    with engine.begin() as connection:
-        if engine.dialect.name == "postgresql":  # two that create the same tables at once would fail
-            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(0x70726F70)))
-        _tables.create_all(connection)
-        found = connection.execute(sa.select(_schema.c.version)).scalar_one_or_none()
-        if found is None:
-            connection.execute(_schema.insert().values(version=VERSION))
-        elif found == 1:
-            for column in _SINCE_VERSION_1:
-                words = CreateColumn(column).compile(dialect=engine.dialect)
-                connection.execute(sa.text(f"ALTER TABLE {column.table.name} ADD COLUMN {words}"))
-            connection.execute(_schema.update().values(version=VERSION))
-        elif found != VERSION:
-            raise PropensityError(
-                f"the ledger was written by another version of Propensity (its tables are {found}, not {VERSION}); "
-                "use that version, or give another ledger"
-            )
+            prepare(engine)
+        yield Ledger(engine) if is_there else None

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
 from audiences.destinations.protocol import KEY, Person
-from audiences.ledger import Identifiers, Known, without
+from audiences.identifiers import Identifiers, without
+from audiences.ledger import Known
 from audiences.stage import Staged, difference
 
 # Why a member is sent.

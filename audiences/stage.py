@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from audiences.destinations.protocol import KEY, Person
-from audiences.ledger import Identifiers
+from audiences.identifiers import Identifiers
 from audiences.wanted import Candidate
 
 ROWS_AT_ONCE: Final = 10_000

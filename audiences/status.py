@@ -14,7 +14,9 @@ from typing import Any, Final, NamedTuple
 import sqlalchemy as sa
 
 from audiences.destinations.registry import File
-from audiences.ledger import INTENDED, WORKING, Ledger, batches, described, is_held, is_refused, lists, members, runs
+from audiences.leases import described
+from audiences.ledger import INTENDED, WORKING, Ledger, is_held, is_refused
+from audiences.tables import batches, lists, members, runs
 from service.core.errors import PropensityError
 
 RUNS: Final = 10
@@ -111,7 +113,7 @@ def last_runs(
         wanted = wanted.where(runs.c.destination == destination)
     if audience is not None:
         wanted = wanted.where((runs.c.audience == audience) | runs.c.audience.is_(None))
-    holders = ledger.holders(now_ms)
+    holders = ledger.leases.holders(now_ms)
     with ledger.reading.connect() as connection:
         found = connection.execute(wanted).all()
     return [

@@ -19,11 +19,13 @@ from typing import Any, Final, NamedTuple, TypeVar
 import stamina
 from pyrate_limiter import InMemoryBucket, Limiter, MonotonicClock, Rate, RateItem
 
+from audiences import identifiers, leases, plan
 from audiences import ledger as ledgers
-from audiences import plan
 from audiences.destinations.protocol import KEY, Busy, Destination, Outcome, Person, Rejected
 from audiences.destinations.registry import Sending
-from audiences.ledger import ADD, REMOVE, Batch, Held, Identifiers, Intent, Lease, Ledger, List, Undone, Working
+from audiences.identifiers import Identifiers
+from audiences.leases import Held, Lease
+from audiences.ledger import ADD, REMOVE, Batch, Intent, Ledger, List, Undone, Working
 from audiences.stage import Stage
 from audiences.wanted import Wanted
 from service.core.errors import PropensityError
@@ -132,7 +134,7 @@ def run(
     if options.dry_run:
         dry = _Dry(ledger, destination, wanted, names.defined, progress, clock)
         return [dry.list(Counts(name)) for name in names.all]
-    holder = ledgers.holder()
+    holder = leases.holder()
     _take(ledger, destination.name, holder, options, clock)
     number = ledger.begin(destination.name, audience, holder, clock.now_ms())
     result = "cut off"
@@ -151,7 +153,7 @@ def run(
         raise
     finally:
         ledger.end(number, result[:1000], clock.now_ms())
-        ledger.give_back(destination.name, holder)
+        ledger.leases.give_back(destination.name, holder)
 
 
 class _Names(NamedTuple):
@@ -191,10 +193,10 @@ def _missing(audience: str, destination: str, existing: Mapping[str, Sequence[st
 
 def _take(ledger: Ledger, name: str, holder: str, options: Options, clock: Clock) -> None:
     end_ms = clock.now_ms() + options.wait_s * 1000
-    while (other := ledger.take(name, holder, clock.now_ms(), options.lease_ms)) is not None:
+    while (other := ledger.leases.take(name, holder, clock.now_ms(), options.lease_ms)) is not None:
         if clock.now_ms() >= end_ms:
             raise Held(
-                f"{ledgers.described(other)} is synchronising {name}; wait for it with --wait 600, "
+                f"{leases.described(other)} is synchronising {name}; wait for it with --wait 600, "
                 f"or, where it was killed, {options.lease_ms // 1000} seconds"
             )
         clock.sleep(0.5)
@@ -208,7 +210,7 @@ def _kept(ledger: Ledger, lease: Lease, clock: Clock) -> Iterator[None]:
     def keep() -> None:
         while not over.wait(lease.lease_ms / 3000):
             with suppress(Exception):  # the run itself asks for it before and after each request
-                ledger.keep(lease, clock.now_ms())
+                ledger.leases.keep(lease, clock.now_ms())
 
     thread = threading.Thread(target=keep, name="lease", daemon=True)
     thread.start()
@@ -366,7 +368,7 @@ class _Run(_Either):
         kept: list[Intent] = []
         for one in batch:
             free = _free(one.identifiers, held)
-            after = ledgers.without(one.known.identifiers, one.identifiers) if one.stays else None
+            after = identifiers.without(one.known.identifiers, one.identifiers) if one.stays else None
             (sent if free else kept).append(Intent(one.known, one.why, b"", free, after))
         if kept:
             self.sender.note(own, kept, KEPT)
@@ -439,7 +441,7 @@ def _free(identifiers: Identifiers, held: set[tuple[str, str]]) -> Identifiers:
 
 def _after(before: Identifiers, person: Person) -> Identifiers:
     """What a platform may have of somebody who was added: what knows people by key forgets what they had before."""
-    return person.identifiers if KEY in person.identifiers else ledgers.joined(before, person.identifiers)
+    return person.identifiers if KEY in person.identifiers else identifiers.joined(before, person.identifiers)
 
 
 def _chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

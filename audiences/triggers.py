@@ -21,8 +21,10 @@ from pydantic import Field, ValidationError
 
 from audiences.destinations import registry
 from audiences.destinations.protocol import Busy, DestinationError
-from audiences.ledger import Lease, Ledger, cursors, deliveries
+from audiences.leases import Lease
+from audiences.ledger import Ledger
 from audiences.signed import Endpoint, post
+from audiences.tables import cursors, deliveries
 from service.core.errors import PropensityError
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$")]
@@ -162,15 +164,15 @@ class Trigger:
 
     def hold(self, now_ms: int) -> str | None:
         """Take the lease; who has it instead, or None."""
-        return self._ledger.take(*self.lease[:2], now_ms, self.lease.lease_ms)
+        return self._ledger.leases.take(*self.lease[:2], now_ms, self.lease.lease_ms)
 
     def keep(self, now_ms: int) -> None:
         """Hold the lease for longer. Raises LeaseLost where somebody else has it."""
-        self._ledger.keep(self.lease, now_ms)
+        self._ledger.leases.keep(self.lease, now_ms)
 
     def let_go(self) -> None:
         """End the lease."""
-        self._ledger.give_back(self.lease.name, self.lease.holder)
+        self._ledger.leases.give_back(self.lease.name, self.lease.holder)
 
     # --- taking events ---
 
@@ -189,7 +191,7 @@ class Trigger:
         wanted.sort(key=lambda one: one.at_ms)  # stable, so what is of one journal keeps its order
         gone = [bytes.fromhex(one.visitor_key) for one in events if one.visitor_id is None]
         with self._engine.begin() as connection:
-            self._ledger.hold(connection, self.lease, now_ms)
+            self._ledger.leases.hold(connection, self.lease, now_ms)
             told.erased += self._forget(connection, gone)
             rows = [self._row(one, now_ms) for one in wanted]
             if rows:
@@ -296,7 +298,7 @@ class Trigger:
         done = [row.id for row, error in zip(rows, answers, strict=True) if error is None]
         changes = [self._failure(row, error, now_ms) for row, error in failed]
         with self._engine.begin() as connection:
-            self._ledger.hold(connection, self.lease, now_ms)
+            self._ledger.leases.hold(connection, self.lease, now_ms)
             connection.execute(deliveries.delete().where(deliveries.c.id.in_(done)))
             if changes:
                 which = deliveries.c.id == sa.bindparam("which")

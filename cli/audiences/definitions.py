@@ -152,7 +152,7 @@ def remove(
     need("audiences.removal", "audiences.ledger", extra="audiences")
     from audiences import definitions as reading
     from audiences import ledger as ledgers
-    from audiences import removal
+    from audiences import removal, tables
     from service.settings import load
 
     read = reading.load(definitions)
@@ -168,7 +168,7 @@ def remove(
         return
     if unknown and not yes:
         raise PropensityError(
-            f"there is no ledger at {ledgers.shown(where)}, so it is not known who is on the lists of "
+            f"there is no ledger at {tables.shown(where)}, so it is not known who is on the lists of "
             f"{', '.join(unknown)}; name it with --ledger URL, or say --yes"
         )
     if held and not yes:

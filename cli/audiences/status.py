@@ -55,6 +55,7 @@ def status(
     need_audiences()
     from audiences import ledger as ledgers
     from audiences import status as known
+    from audiences import tables
 
     where, now_ms = address(ledger, service_settings.load()), time.time_ns() // 1_000_000
     checked = _checked(destinations, to) if check else []
@@ -67,7 +68,7 @@ def status(
         asked = "".join([f" of {name}" if name else "", f" at {to}" if to else ""])
         console.print(f"Note: the ledger has no list{asked}", markup=False, soft_wrap=True)
     if as_json:
-        print(json.dumps(_plain(None if found is None else ledgers.shown(where), states, runs, checked), indent=2))
+        print(json.dumps(_plain(None if found is None else tables.shown(where), states, runs, checked), indent=2))
     else:
         _print(states, runs, checked, now_ms)
     if any(one.works is False for one in checked):

@@ -62,6 +62,7 @@ def sync(
     need_audiences()
     import stamina.instrumentation
 
+    from audiences import leases
     from audiences import ledger as ledgers
     from audiences import sync as syncing
     from audiences.destinations import registry
@@ -80,7 +81,7 @@ def sync(
         with opening as opened, stages() as report, Live(settings) as wanted:
             counts = syncing.run(opened, built, wanted, entry.sending, name, options, report)
             unnamed = opened.destinations() - set(file.destinations)
-    except ledgers.Held as error:
+    except leases.Held as error:
         print(f"propensity: {error}", file=sys.stderr)
         raise typer.Exit(ANOTHER_RUNS) from None
     for other in sorted(unnamed):
@@ -120,7 +121,7 @@ def read(where: str) -> Iterator[Ledger]:
 
 def note_no_ledger(where: str) -> None:
     """Say on stderr that there is none yet."""
-    from audiences.ledger import shown
+    from audiences.tables import shown
 
     console.print(
         f"Note: there is no ledger at {shown(where)}, so nothing is known to have been sent; name one with --ledger, "

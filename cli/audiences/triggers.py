@@ -118,12 +118,12 @@ def replay(
 
 @contextmanager
 def _opened(name: str | None, destinations: Path, ledger: str | None) -> Iterator[tuple[list[Trigger], str]]:
+    from audiences import leases, triggers
     from audiences import ledger as ledgers
-    from audiences import triggers
     from audiences.destinations import registry
 
     options = triggers.load(registry.load(destinations), name)
-    holder = ledgers.holder()
+    holder = leases.holder()
     with ledgers.opened(address(ledger, service_settings.load())) as opened:
         yield [triggers.Trigger(one, given, opened, holder) for one, given in options.items()], holder
 
@@ -131,7 +131,7 @@ def _opened(name: str | None, destinations: Path, ledger: str | None) -> Iterato
 @contextmanager
 def _held(found: list[Trigger]) -> Iterator[None]:
     """Hold the lease of each, or end with the status that says who does."""
-    from audiences.ledger import described
+    from audiences.leases import described
 
     with ExitStack() as stack:
         for trigger in found:

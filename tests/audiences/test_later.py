@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from audiences import ledger as ledgers
-from audiences import plan, sync
+from audiences import plan, sync, tables
 from audiences.destinations import data_manager, google
 from audiences.destinations.protocol import Busy, Limits, Outcome, Person
 from audiences.destinations.registry import Sending
@@ -81,15 +80,15 @@ class Account:
 
     def rows(self) -> list[sa.Row[Any]]:
         with self.ledger.reading.connect() as connection:
-            return list(connection.execute(sa.select(ledgers.members)))
+            return list(connection.execute(sa.select(tables.members)))
 
     def named(self) -> set[str]:
         """Of whom there is anything in what was sent."""
         with self.ledger.reading.connect() as connection:
-            return {bytes(key).hex() for key in connection.execute(sa.select(ledgers.entries.c.key)).scalars()}
+            return {bytes(key).hex() for key in connection.execute(sa.select(tables.entries.c.key)).scalars()}
 
     def states(self) -> list[tuple[str, str, str, int]]:
-        table = ledgers.batches.c
+        table = tables.batches.c
         with self.ledger.reading.connect() as connection:
             found = connection.execute(
                 sa.select(table.operation, table.state, table.answer, table.accepted).order_by(table.id)
@@ -594,10 +593,10 @@ def test_a_ledger_of_the_version_before_is_brought_up_to_date(
     account.people.want("vip", ANNA)
     account.run()
     with ledger.engine.begin() as connection:
-        for column in ledgers._SINCE_VERSION_1:
+        for column in tables._SINCE_VERSION_1:
             connection.execute(sa.text(f"ALTER TABLE {column.table.name} DROP COLUMN {column.name}"))
-        connection.execute(ledgers._schema.update().values(version=1))
-    ledgers._prepare(ledger.engine)
+        connection.execute(tables._schema.update().values(version=1))
+    tables.prepare(ledger.engine)
     account.people.want("vip", BERT)
     counts = account.run()
     assert (counts.unchanged, dict(counts.why)) == (1, {"add: entered": 1})

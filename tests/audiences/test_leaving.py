@@ -12,8 +12,7 @@ from typing import Any, Final
 import pytest
 from pydantic import SecretStr
 
-from audiences import ledger as ledgers
-from audiences import sync
+from audiences import sync, tables
 from audiences.destinations import data_manager, files, google, hubspot, klaviyo, meta, webhook
 from audiences.destinations.protocol import Destination
 from audiences.destinations.registry import Sending
@@ -223,7 +222,7 @@ def test_who_leaves_is_gone_with_every_identifier_they_ever_had(
     assert stays == (audience == "is as before")
     shop.sync(destination)  # which Google tells that the removal is done
     with shop.ledger.reading.connect() as connection:
-        rows = [row for table in ledgers._tables.sorted_tables for row in connection.execute(table.select())]
+        rows = [row for table in tables.all_tables.sorted_tables for row in connection.execute(table.select())]
     left = " ".join(value.hex() if isinstance(value, bytes) else str(value) for row in rows for value in row)
     assert [one for one in every[2:] if one in left] == []
     assert (key_of(ANNA) in left) == (goes == "withdraws"), "that somebody withdrew is told for a while"

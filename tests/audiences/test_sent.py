@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from audiences import definitions, population, preview, refresh, sent, sync
+from audiences import definitions, population, preview, refresh, sent, sync, tables
 from audiences import ledger as ledgers
 from audiences.destinations import registry
 from audiences.destinations.registry import Entry, Sending
@@ -169,9 +169,9 @@ def test_what_is_not_known_is_said_and_the_ledger_is_told_all_the_same(case: Cas
 def test_nothing_is_written_or_sent(case: Case, ledger: Ledger) -> None:
     case.refresh()
     case.score(7)
-    before = [str(row) for table in ledgers._tables.sorted_tables for row in _rows(ledger, table)]
+    before = [str(row) for table in tables.all_tables.sorted_tables for row in _rows(ledger, table)]
     case.compare(ledger)
-    assert [str(row) for table in ledgers._tables.sorted_tables for row in _rows(ledger, table)] == before
+    assert [str(row) for table in tables.all_tables.sorted_tables for row in _rows(ledger, table)] == before
     assert not case.directory.exists()
 
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from audiences import ledger as ledgers
-from audiences import status, sync
+from audiences import leases, status, sync
 from audiences.destinations import registry
 from audiences.destinations.protocol import Busy, Limits, Outcome, Person, Purpose
 from audiences.destinations.registry import Sending
@@ -135,17 +134,17 @@ def test_the_last_runs_are_told_with_how_they_ended(ledger: Ledger) -> None:
 
 @both
 def test_a_run_without_an_end_is_under_way_while_its_lease_is_held_and_else_interrupted(ledger: Ledger) -> None:
-    ledger.take("ours", ELSEWHERE, NOW_MS, 60_000)
+    ledger.leases.take("ours", ELSEWHERE, NOW_MS, 60_000)
     ledger.begin("ours", None, ELSEWHERE, NOW_MS)
     (one,) = status.last_runs(ledger, NOW_MS)
     assert (one.under_way, one.ended_ms, one.holder) == (True, None, "process 77 of elsewhere")
-    gone = "/".join([*ledgers.holder().split("/")[:2], "4194305", "1"])  # a process that this machine does not have
+    gone = "/".join([*leases.holder().split("/")[:2], "4194305", "1"])  # a process that this machine does not have
     for holder in "elsewhere/1/78/x", gone:
-        ledger.give_back("ours", ELSEWHERE)
-        ledger.take("ours", holder, NOW_MS, 60_000)
+        ledger.leases.give_back("ours", ELSEWHERE)
+        ledger.leases.take("ours", holder, NOW_MS, 60_000)
         (one,) = status.last_runs(ledger, NOW_MS)
         assert (one.under_way, one.ended_ms) == (False, None)
-        ledger.give_back("ours", holder)
+        ledger.leases.give_back("ours", holder)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from audiences import leases, sync, tables
 from audiences import ledger as ledgers
-from audiences import sync
 from audiences.destinations.protocol import KEY, Busy, Limits, Outcome, Person, Purpose, Rejected
 from audiences.destinations.registry import Sending
 from audiences.ledger import Ledger
@@ -123,13 +123,13 @@ def identifiers(*people: Somebody) -> set[str]:
 
 def members(ledger: Ledger) -> list[sa.Row[tuple[object, ...]]]:
     with ledger.reading.connect() as connection:
-        return list(connection.execute(sa.select(ledgers.members)))
+        return list(connection.execute(sa.select(tables.members)))
 
 
 def everything(ledger: Ledger) -> str:
     """All values of all tables, as text; keys as hex digits."""
     with ledger.reading.connect() as connection:
-        rows = [row for table in ledgers._tables.sorted_tables for row in connection.execute(sa.select(table))]
+        rows = [row for table in tables.all_tables.sorted_tables for row in connection.execute(sa.select(table))]
     return " ".join(value.hex() if isinstance(value, bytes) else str(value) for row in rows for value in row)
 
 
@@ -484,11 +484,11 @@ def kill_somewhere(ledger: Ledger, platform: Memory, people: People, dice: rando
 
 @both
 def test_a_second_run_is_refused_and_waits_if_it_is_told_to(ledger: Ledger, platform: Memory, people: People) -> None:
-    assert ledger.take("ours", "elsewhere/1/77/x", now(), 60_000) is None
-    with pytest.raises(ledgers.Held, match="process 77 of elsewhere is synchronising ours; wait for it with --wait"):
+    assert ledger.leases.take("ours", "elsewhere/1/77/x", now(), 60_000) is None
+    with pytest.raises(leases.Held, match="process 77 of elsewhere is synchronising ours; wait for it with --wait"):
         run(ledger, platform, people)
     assert platform.sent == []
-    ledger.give_back("ours", "elsewhere/1/77/x")
+    ledger.leases.give_back("ours", "elsewhere/1/77/x")
     assert run(ledger, platform, people).complete
 
 
@@ -496,18 +496,18 @@ def test_a_second_run_is_refused_and_waits_if_it_is_told_to(ledger: Ledger, plat
 def test_a_lease_that_ended_is_taken_over_and_its_holder_writes_no_more(
     ledger: Ledger, platform: Memory, people: People
 ) -> None:
-    assert ledger.take("ours", "elsewhere/1/77/x", now(), 50) is None
+    assert ledger.leases.take("ours", "elsewhere/1/77/x", now(), 50) is None
     assert run(ledger, platform, people, wait_s=5).complete
-    with pytest.raises(ledgers.LeaseLost):
-        ledger.keep(ledgers.Lease("ours", "elsewhere/1/77/x", 50), now())
+    with pytest.raises(leases.LeaseLost):
+        ledger.leases.keep(leases.Lease("ours", "elsewhere/1/77/x", 50), now())
 
 
 def test_a_process_that_was_killed_holds_nothing(ledger: Ledger, platform: Memory, people: People) -> None:
-    me = ledgers.holder()
+    me = leases.holder()
     host, namespace, _, _ = me.split("/")
-    assert ledger.take("ours", f"{host}/{namespace}/4194999/1", now(), 10**9) is None
+    assert ledger.leases.take("ours", f"{host}/{namespace}/4194999/1", now(), 10**9) is None
     assert run(ledger, platform, people).complete
-    assert not ledgers.is_gone(me)
+    assert not leases.is_gone(me)
 
 
 def now() -> int:
@@ -524,10 +524,10 @@ def test_what_was_sent_becomes_counts_a_day_after_its_time(ledger: Ledger, platf
     run(ledger, platform, people)
     run(ledger, platform, people, retention_ms=-1000)
     with ledger.reading.connect() as connection:
-        counts = [tuple(row) for row in connection.execute(sa.select(ledgers.history))]
+        counts = [tuple(row) for row in connection.execute(sa.select(tables.history))]
         left = [
             connection.execute(sa.select(sa.func.count()).select_from(table)).scalar_one()
-            for table in (ledgers.batches, ledgers.entries)
+            for table in (tables.batches, tables.entries)
         ]
     assert sorted(row[2:] for row in counts) == [("add", "entered", 3, 3), ("add", "fields", 1, 0)]
     assert left == [0, 0]
@@ -541,9 +541,9 @@ def test_the_ledger_says_what_was_sent_when_why_and_what_was_answered(
     people.want("vip", replace(ANNA, segment="bad"))
     run(ledger, platform, people)
     with ledger.reading.connect() as connection:
-        batches = connection.execute(sa.select(ledgers.batches).order_by(ledgers.batches.c.id)).all()
-        entries = connection.execute(sa.select(ledgers.entries)).all()
-        [last] = connection.execute(sa.select(ledgers.runs)).all()
+        batches = connection.execute(sa.select(tables.batches).order_by(tables.batches.c.id)).all()
+        entries = connection.execute(sa.select(tables.entries)).all()
+        [last] = connection.execute(sa.select(tables.runs)).all()
     assert [(row.operation, row.state, row.members, row.attempts) for row in batches] == [
         ("add", "settled", 2, 1),
         ("add", "settled", 1, 1),
@@ -562,7 +562,7 @@ def test_the_ledger_says_what_was_sent_when_why_and_what_was_answered(
 @both
 def test_the_rate_counts_what_a_run_before_has_sent(ledger: Ledger, people: People) -> None:
     platform = Memory(limits=Limits(1, 3, 600))
-    ledger.take("ours", "me", now(), 60_000)
+    ledger.leases.take("ours", "me", now(), 60_000)
     lists, options = ledger.opened(ledger.list_of("ours", "vip"), "list of vip"), sync.Options()
     platform.open("vip")
     with sync._Sender(ledger, platform, PATIENT, options, "me", 1, sync.Clock()) as sender:

@@ -16,6 +16,7 @@ import yaml
 from rich.console import Console
 
 from audiences import ledger as ledgers
+from audiences import tables
 from audiences.status import Checked, Pile, Reason, State
 from audiences.status import Run as LastRun
 from audiences.sync import Counts
@@ -167,7 +168,7 @@ def test_who_is_erased_or_withdraws_is_gone_from_everything_after_the_next_run(
         assert not {erased.key, withdrawn.key} & set(rows(tmp_path / "lists" / f"{audience}.ndjson"))
     with ledgers.opened(url) as ledger, ledger.reading.connect() as connection:
         text = "".join(
-            str(row) for table in ledgers._tables.sorted_tables for row in connection.execute(table.select())
+            str(row) for table in tables.all_tables.sorted_tables for row in connection.execute(table.select())
         )
     assert hash_of(erased) not in text
     assert hash_of(withdrawn) not in text
@@ -338,7 +339,7 @@ def test_exit_codes_tell_refusals_other_runs_and_mistakes(run: Run, world: World
         url = f"sqlite:///{tmp_path / 'ledger.db'}"
         assert run("sync", "--to", "ours", "--ledger", url).status == 1
         with ledgers.opened(url) as ledger:
-            assert ledger.take("ours", "elsewhere/1/77/x", time.time_ns() // 10**6, 60_000) is None
+            assert ledger.leases.take("ours", "elsewhere/1/77/x", time.time_ns() // 10**6, 60_000) is None
         held = run("sync", "--to", "ours", "--ledger", url)
         assert held.status == 3
         assert held.err.startswith("propensity: process 77 of elsewhere is synchronising ours; wait for it with --wait")

@@ -11,8 +11,7 @@ import pytest
 import sqlalchemy as sa
 from pydantic import SecretStr
 
-from audiences import ledger as ledgers
-from audiences import triggers
+from audiences import leases, tables, triggers
 from audiences.destinations.protocol import Busy
 from audiences.ledger import Ledger
 from audiences.triggers import Event, Options, Read, Told, Trigger
@@ -145,7 +144,7 @@ def test_waits_grow_and_a_receiver_may_ask_for_longer(bench: Bench, hook: Hook) 
     for _ in range(2):
         bench.run()
         with bench.ledger.reading.connect() as connection:
-            due_ms = connection.execute(sa.select(ledgers.deliveries.c.due_ms)).scalar_one()
+            due_ms = connection.execute(sa.select(tables.deliveries.c.due_ms)).scalar_one()
         dues.append(due_ms - bench.now_ms)
         bench.now_ms = due_ms
     assert 7_500 <= dues[0] <= 12_500
@@ -195,7 +194,7 @@ def test_what_waits_or_is_dead_of_an_erased_visitor_is_dropped(bench: Bench, hoo
     )
     bench.run()
     with bench.ledger.reading.connect() as connection:
-        assert connection.execute(sa.select(ledgers.deliveries)).all() == []
+        assert connection.execute(sa.select(tables.deliveries)).all() == []
     [last] = hook.told
     assert last["data"] == {"visitor_id": None, "visitor_key": key_of("bert"), "audience": "vip", "why": "erased"}
 
@@ -213,11 +212,11 @@ def test_what_was_not_kept_until_it_was_read_is_said(bench: Bench) -> None:
 def test_a_trigger_that_is_held_elsewhere_writes_nothing(bench: Bench) -> None:
     bench.log.move("anna", "nurture")
     bench.trigger.let_go()
-    assert bench.ledger.take("trigger sales", "elsewhere/1/2/3", bench.now_ms, 10**9) is None
-    with pytest.raises(ledgers.LeaseLost):
+    assert bench.ledger.leases.take("trigger sales", "elsewhere/1/2/3", bench.now_ms, 10**9) is None
+    with pytest.raises(leases.LeaseLost):
         bench.run()
     with bench.ledger.reading.connect() as connection:
-        assert connection.execute(sa.select(ledgers.deliveries)).all() == []
+        assert connection.execute(sa.select(tables.deliveries)).all() == []
 
 
 @pytest.mark.parametrize("key", ["audiences", "models"])
@@ -237,7 +236,7 @@ def test_while_a_receiver_hangs_no_other_run_takes_any_trigger_over(
 
     def hang(trigger: Trigger, row: triggers.Waiting) -> Busy:
         time.sleep(0.1)
-        holders.update(ledger.take(f"trigger {name}", "elsewhere", _now_ms(), 1) for name in ("sales", "other"))
+        holders.update(ledger.leases.take(f"trigger {name}", "elsewhere", _now_ms(), 1) for name in ("sales", "other"))
         return Busy("does not answer")
 
     monkeypatch.setattr(Trigger, "_post", hang)
