@@ -22,7 +22,8 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from service.core.errors import PropensityError
-from training.simulate import DAY_MS, ENDINGS, Shop, Summary, simulate, sized
+from training.shopfiles import ENDINGS
+from training.simulate import DAY_MS, Shop, Summary, simulate, sized
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
