@@ -484,6 +484,36 @@ def test_a_batch_of_many_rows_equals_plain_python_and_each_row_alone(name: str) 
     assert found.tobytes() == b"".join(computed(plan, [row]).tobytes() for row in rows)
 
 
+@pytest.mark.parametrize("every", [1, 40])
+def test_few_events_of_short_windows_are_looked_at_apart_and_give_the_same(
+    every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every so many rows the events are of the last weeks, of the others long ago."""
+    spec = parse({**SHOP, "limits": {"history": "90d", "records": 2048}})
+    plan = features.compile(spec)
+    rng, day_ms, rows = random.Random(every), 86_400_000, []
+    for place in range(1000):
+        oldest = (40 if place % every == 0 else 89) * day_ms
+        ages = sorted((rng.randrange(oldest - 40 * day_ms, oldest) for _ in range(20)), reverse=True)
+        kinds, attributes = rng.choices([1, 1, 1, 2, 3], k=20), rng.choices(range(6), k=20)
+        found = zip(ages, kinds, attributes, strict=True)
+        packed = [
+            events.pack(NOW_MS - age, kind, rng.randrange(2**32), attribute, rng.gauss(0, 1))
+            for age, kind, attribute in found
+        ]
+        rows.append(Visitor(b"".join(packed)))
+    apart: list[int] = []
+    reduce_apart = features._reduce_apart
+    monkeypatch.setattr(
+        features, "_reduce_apart", lambda *given: (apart.append(len(given[2])), reduce_apart(*given))[1]
+    )
+    found = computed(plan, rows)
+    assert bool(apart) == (every > 1)
+    assert all(apart)
+    assert_equal(spec, found, wanted(spec, rows))
+    assert found.tobytes() == b"".join(computed(plan, [row]).tobytes() for row in rows)
+
+
 def test_more_empty_rows_than_a_block_has_events_are_all_answered() -> None:
     spec = of_kind_a({"n": {"count": "a"}, "since": {"recency": "a"}})
     count = 2 * features.BLOCK_EVENTS + 3
