@@ -496,17 +496,19 @@ def test_few_events_of_short_windows_are_looked_at_apart_and_give_the_same(
         oldest = (40 if place % every == 0 else 89) * day_ms
         ages = sorted((rng.randrange(oldest - 40 * day_ms, oldest) for _ in range(20)), reverse=True)
         kinds, attributes = rng.choices([1, 1, 1, 2, 3], k=20), rng.choices(range(6), k=20)
-        found = zip(ages, kinds, attributes, strict=True)
         packed = [
             events.pack(NOW_MS - age, kind, rng.randrange(2**32), attribute, rng.gauss(0, 1))
-            for age, kind, attribute in found
+            for age, kind, attribute in zip(ages, kinds, attributes, strict=True)
         ]
         rows.append(Visitor(b"".join(packed)))
     apart: list[int] = []
     reduce_apart = features._reduce_apart
-    monkeypatch.setattr(
-        features, "_reduce_apart", lambda *given: (apart.append(len(given[2])), reduce_apart(*given))[1]
-    )
+
+    def noted(plan: features.Plan, taken: Any, places: Any, made: Any) -> None:
+        apart.append(len(places))
+        reduce_apart(plan, taken, places, made)
+
+    monkeypatch.setattr(features, "_reduce_apart", noted)
     found = computed(plan, rows)
     assert bool(apart) == (every > 1)
     assert all(apart)
