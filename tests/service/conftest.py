@@ -6,14 +6,16 @@ import itertools
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import redis
 
-from tests.conftest import free_port, wait_until
+from service.store import Store
+from tests.conftest import DAY_MS, free_port, wait_until
 
 SLOTS = 16384
 
@@ -218,3 +220,12 @@ def watched(tmp_path: Path) -> Iterator[Watched]:
     started = Watched(tmp_path)
     yield started
     started.kill()
+
+
+@pytest.fixture
+async def store(every_store_url: str, direct: redis.Redis) -> AsyncIterator[Store]:
+    """A feature cache, in which every key has an end when the test is over."""
+    opened = Store.open(every_store_url, namespace=f"store-{uuid.uuid4().hex[:12]}", retention_ms=90 * DAY_MS)
+    yield opened
+    await opened.close()
+    assert [key for key in direct.scan_iter(f"{opened.namespace}:*") if direct.pttl(key) < 89 * DAY_MS] == []

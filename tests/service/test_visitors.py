@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import AsyncIterator
-
 import pytest
 import redis
 
@@ -19,15 +16,6 @@ from tests.service.histories import NOW_MS, some
 pytestmark = pytest.mark.anyio
 
 DAY_MS = 86_400_000
-
-
-@pytest.fixture
-async def store(every_store_url: str, direct: redis.Redis) -> AsyncIterator[Store]:
-    """A feature cache, in which every key has an end when the test is over."""
-    opened = Store.open(every_store_url, namespace=f"visitors-{uuid.uuid4().hex[:12]}", retention_ms=90 * DAY_MS)
-    yield opened
-    await opened.close()
-    assert [key for key in direct.scan_iter(f"{opened.namespace}:*") if direct.pttl(key) < 89 * DAY_MS] == []
 
 
 def trait(name: str, text: str, ts_ms: int = NOW_MS) -> bytes:
